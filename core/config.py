@@ -1,0 +1,177 @@
+"""The three job configurations. One definition checks REST input, job rows, YAML and the command line.
+
+Imports no ML library, so the web tier validates with the very classes that the trainer uses.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from core.errors import ConfigError
+
+MAX_SEED = 2**63 - 1
+
+TargetPreset = Literal["attention", "attention_ff", "all_linear", "with_conv"]
+Sampler = Literal["default", "dpmpp_2m", "euler", "euler_a", "ddim"]
+LrSchedule = Literal["constant", "linear", "cosine"]
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+
+
+def _refuse_control_characters(text: str) -> str:
+    bad = sorted({f"U+{ord(c):04X}" for c in text if ord(c) < 32 and c not in "\n\t"})
+    if bad:
+        raise ValueError(f"contains control characters ({', '.join(bad)}); remove them")
+    return text
+
+
+PromptText = Annotated[str, Field(max_length=4000), AfterValidator(_refuse_control_characters)]
+
+
+class Config(BaseModel):
+    """Base of all configurations: frozen, unknown fields refused, stable hash."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, values: dict[str, object]) -> Self:
+        """Build from plain values.
+
+        Raises:
+            ConfigError: Names every wrong field at once, with the value and the rule.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(describe_problems(error)) from error
+
+    def dump(self) -> dict[str, object]:
+        """Plain JSON values, all defaults written out."""
+        return self.model_dump(mode="json")
+
+    def content_hash(self) -> str:
+        """SHA-256 (64 hex digits) of the canonical JSON of all fields."""
+        return canonical_json_hash(self.dump())
+
+
+def canonical_json_hash(value: object) -> str:
+    """SHA-256 (64 hex digits) of `value` as JSON with sorted keys and no spaces."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe_problems(error: ValidationError) -> str:
+    """All problems of a pydantic error as one sentence per field."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        name = ".".join(str(part) for part in problem["loc"]) or "configuration"
+        lines.append(f"{name}: {problem['msg']} (got {problem['input']!r:.80})")
+    return "; ".join(lines)
+
+
+class PreprocessConfig(Config):
+    """How uploaded pictures become training pictures."""
+
+    resolution: int = Field(
+        512, ge=32, le=2048, description="Training size: the side in pixels of a square of the same area, 32-2048."
+    )
+    bucket_step_px: int = Field(
+        64, ge=8, le=256, description="Sides of buckets are multiples of this, in pixels (64 for SD 1.5 and SDXL)."
+    )
+    aspect_buckets: bool = Field(
+        True, description="Keep each picture's aspect ratio by bucket; false crops everything to a square."
+    )
+    max_aspect_ratio: float = Field(
+        2.0, ge=1.0, le=4.0, description="Longest side over shortest side of the most extreme bucket, 1-4."
+    )
+    caption_source: Literal["sidecar_or_filename", "sidecar", "filename", "none"] = Field(
+        "sidecar_or_filename",
+        description="Where captions come from: a .txt of the same name uploaded beside the picture, or its file name.",
+    )
+    trigger_word: str = Field(
+        "", max_length=100, description="Put in front of every caption, so that prompts can call the LoRA by it."
+    )
+    caption_suffix: str = Field("", max_length=200, description="Put behind every caption, e.g. 'blueprint style'.")
+    min_side_px: int = Field(
+        32, ge=8, le=2048, description="Pictures with a shorter side than this (pixels) are rejected with a reason."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.resolution < self.bucket_step_px:
+            raise ValueError(f"resolution {self.resolution} is below bucket_step_px {self.bucket_step_px}: raise it")
+        return self
+
+
+class TrainConfig(Config):
+    """How a LoRA is trained. Times in optimizer steps, sizes in pictures, unless said otherwise."""
+
+    rank: int = Field(16, ge=1, le=256, description="Rank r of the LoRA matrices, 1-256.")
+    alpha: float = Field(16.0, gt=0, le=1024, description="LoRA alpha; the update is scaled by alpha / rank.")
+    targets: TargetPreset = Field(
+        "attention",
+        description="Which UNet layers get a LoRA: attention (default), attention_ff (plus feed-forward), "
+        "all_linear, with_conv (every linear and convolution: strongest style changes).",
+    )
+    steps: int = Field(1000, ge=1, le=200_000, description="Optimizer steps, 1-200000.")
+    batch_size: int = Field(4, ge=1, le=64, description="Pictures per micro-batch, 1-64.")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=64, description="Micro-batches per optimizer step, 1-64.")
+    learning_rate: float = Field(1e-4, gt=0, le=1.0, description="Peak learning rate of AdamW.")
+    lr_schedule: LrSchedule = Field("cosine", description="Shape after warm-up: constant, linear or cosine to zero.")
+    lr_warmup_steps: int = Field(0, ge=0, le=10_000, description="Steps of linear warm-up from zero.")
+    weight_decay: float = Field(0.01, ge=0, le=1.0, description="AdamW weight decay on the LoRA weights.")
+    max_grad_norm: float = Field(1.0, ge=0, le=100, description="Clip the gradient to this norm; 0 switches it off.")
+    min_snr_gamma: float | None = Field(None, gt=0, le=50, description="min-SNR loss weight (arXiv 2303.09556); 5 is usual.")
+    noise_offset: float = Field(0.0, ge=0, le=1.0, description="Per-channel offset noise strength; 0 switches it off.")
+    caption_dropout: float = Field(0.05, ge=0, le=1, description="Share of samples trained with an empty caption, 0-1.")
+    clip_skip: int | None = Field(
+        None, ge=1, le=12, description="WebUI convention: 1 = last text layer, 2 = penultimate. Null: the base's default."
+    )
+    mixed_precision: Precision = Field(
+        "auto", description="auto: bf16 or fp16 where the device has it, fp32 on a CPU. fp16 uses a GradScaler."
+    )
+    gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="All randomness is a function of (seed, step, sample).")
+    checkpoint_every_steps: int = Field(250, ge=1, le=100_000, description="Steps between resumable checkpoints.")
+    sample_every_steps: int = Field(0, ge=0, le=100_000, description="Steps between sample pictures; 0: only at the end.")
+    sample_prompts: tuple[PromptText, ...] = Field(
+        (), max_length=16, description="Prompts of the sample pictures, at most 16; seeds are fixed."
+    )
+    sample_steps: int = Field(20, ge=1, le=150, description="Denoising steps of the sample pictures.")
+    sample_guidance: float = Field(5.0, ge=1, le=30, description="Guidance of the sample pictures.")
+
+
+class LoraUse(Config):
+    """One LoRA in a generation: which, and how strongly."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the kohya/WebUI file.")
+    weight: float = Field(1.0, ge=-4, le=4, description="Multiplier on top of the file's own alpha / rank scale.")
+
+
+class GenerateConfig(Config):
+    """One request for n pictures that share all settings but the seed."""
+
+    prompt: PromptText = Field(description="What to draw, at most 4000 characters.")
+    negative_prompt: PromptText = Field("", description="What to avoid.")
+    count: int = Field(1, ge=1, le=64, description="Number of pictures, 1-64.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed of the first picture; picture i uses seed + i.")
+    width: int = Field(512, ge=32, le=2048, description="Width in pixels, a multiple of the base's step.")
+    height: int = Field(512, ge=32, le=2048, description="Height in pixels, a multiple of the base's step.")
+    steps: int = Field(25, ge=1, le=150, description="Denoising steps, 1-150.")
+    guidance: float = Field(7.0, ge=1, le=30, description="Classifier-free guidance scale; 1 switches it off.")
+    sampler: Sampler = Field("default", description="default is the base's own scheduler.")
+    clip_skip: int | None = Field(
+        None, ge=1, le=12, description="WebUI convention: 1 = last text layer, 2 = penultimate. Null: the base's default."
+    )
+    loras: tuple[LoraUse, ...] = Field((), max_length=8, description="LoRAs to apply together, at most 8.")
+
+    @model_validator(mode="after")
+    def _seeds_fit(self) -> Self:
+        if self.seed + self.count - 1 > MAX_SEED:
+            raise ValueError(f"seed {self.seed} + count {self.count} passes {MAX_SEED}: choose a smaller seed")
+        return self
+
+    def seeds(self) -> list[int]:
+        """The seed of each picture, in order; length `count`."""
+        return [self.seed + i for i in range(self.count)]
