@@ -1,0 +1,203 @@
+"""Reads and judges a base model folder before anything of it is loaded: which files, which family, which facts.
+
+Called by `core.prepared_base`. Loads no ML library, so nothing of a foreign folder is ever run here.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from core.base_facts import BaseFacts
+from core.errors import BaseModelError, ConfigError
+
+OVERRIDES_NAME = "lorasite.json"
+"""Beside `model_index.json`: `{"default_clip_skip": 1}` where a base was not trained with its family's default."""
+
+SD1_DEFAULT_CLIP_SKIP = 2
+
+COMPONENTS = {
+    "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
+    "text_encoder": {("transformers", "CLIPTextModel")},
+    "unet": {("diffusers", "UNet2DConditionModel")},
+    "vae": {("diffusers", "AutoencoderKL")},
+}
+WEIGHT_STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+KNOWN_LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        BaseModelError: No such file, or no JSON object in it.
+    """
+    if not path.is_file():
+        raise BaseModelError(f"{path} is missing: give the folder of a complete diffusers SD 1.x pipeline")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{path} is not JSON ({error}): download the model again") from error
+    if not isinstance(data, dict):
+        raise BaseModelError(f"{path} holds {type(data).__name__}, not a JSON object: download the model again")
+    return data
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 (64 hex digits) of a file's bytes; about 1 s per GB."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_source(source: Path) -> None:
+    """Refuse what is not a plain diffusers SD 1.x pipeline in safetensors.
+
+    Raises:
+        BaseModelError: Says which part is wrong and why.
+    """
+    if source.is_file():
+        raise BaseModelError(
+            f"{source} is a single file: convert it to a diffusers folder first "
+            "(StableDiffusionPipeline.from_single_file(...).save_pretrained(...))"
+        )
+    index = read_json(source / "model_index.json")
+    if index.get("_class_name") != "StableDiffusionPipeline":
+        raise BaseModelError(
+            f"{source} is a {index.get('_class_name')!r}: only StableDiffusionPipeline folders (SD 1.x) are served"
+        )
+    scripts = sorted(path.relative_to(source).as_posix() for path in source.rglob("*.py"))
+    if scripts:
+        raise BaseModelError(f"{source} brings its own code ({scripts[0]}), which is never run: use a plain pipeline")
+    for name, entry in index.items():
+        if isinstance(entry, list) and (len(entry) != 2 or entry[0] not in KNOWN_LIBRARIES):
+            raise BaseModelError(f"{source}: {name} comes from {entry[0]!r}, not from diffusers or transformers")
+    for name, allowed in COMPONENTS.items():
+        if tuple(index.get(name) or ()) not in allowed:
+            raise BaseModelError(f"{source}: {name} is {index.get(name)}, expected one of {sorted(allowed)}")
+    scheduler = index.get("scheduler")
+    if not isinstance(scheduler, list) or scheduler[0] != "diffusers":
+        raise BaseModelError(f"{source}: scheduler is {scheduler}, expected one of diffusers")
+
+
+def input_files(source: Path) -> dict[str, Path]:
+    """The files of a source that go into its preparation, by their names in it; all others are ignored.
+
+    Raises:
+        BaseModelError: A weight file is missing, split, or there only as a pickle.
+    """
+    files = {"model_index.json": source / "model_index.json"}
+    for name, stem in WEIGHT_STEMS.items():
+        files[f"{name}/config.json"] = source / name / "config.json"
+        weights = find_weights(source / name, stem)
+        files[f"{name}/{weights.name}"] = weights
+    files["scheduler/scheduler_config.json"] = source / "scheduler" / "scheduler_config.json"
+    for file_name in TOKENIZER_FILES:
+        path = source / "tokenizer" / file_name
+        if path.is_file():
+            files[f"tokenizer/{file_name}"] = path
+    has_vocabulary = {
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+    } <= files.keys() or "tokenizer/tokenizer.json" in files
+    if not has_vocabulary:
+        raise BaseModelError(f"{source}/tokenizer holds neither vocab.json and merges.txt nor tokenizer.json")
+    if (source / OVERRIDES_NAME).is_file():
+        files[OVERRIDES_NAME] = source / OVERRIDES_NAME
+    return files
+
+
+def find_weights(folder: Path, stem: str) -> Path:
+    """The safetensors file of one component: the full one, else the fp16 variant.
+
+    Raises:
+        BaseModelError: There is none.
+    """
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+    pickles = [name for name in found if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        raise BaseModelError(
+            f"{folder} holds weights only as {pickles[0]}, a pickle, which can run code when it is read: "
+            "use a safetensors version of this model"
+        )
+    if any("-of-" in name and name.endswith(".safetensors") for name in found):
+        raise BaseModelError(f"{folder} holds its weights in several parts: save them as one {stem}.safetensors")
+    raise BaseModelError(f"{folder} holds no {stem}.safetensors: the model is incomplete, download it again")
+
+
+def read_facts(source: Path) -> BaseFacts:
+    """The facts of a source, from its configuration files alone.
+
+    Raises:
+        BaseModelError: Another family, or values that make no sense.
+    """
+    unet = read_json(source / "unet" / "config.json")
+    vae = read_json(source / "vae" / "config.json")
+    text_encoder = read_json(source / "text_encoder" / "config.json")
+    scheduler = read_json(source / "scheduler" / "scheduler_config.json")
+    tokenizer_path = source / "tokenizer" / "tokenizer_config.json"
+    tokenizer = read_json(tokenizer_path) if tokenizer_path.is_file() else {}
+    _check_family(source, unet, vae)
+    for name, config in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder), ("tokenizer", tokenizer)):
+        if "auto_map" in config:
+            raise BaseModelError(f"{source}/{name} asks for its own code (auto_map), which is never run")
+    try:
+        vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        text_layers = int(text_encoder["num_hidden_layers"])
+        positions = int(text_encoder["max_position_embeddings"])
+        return BaseFacts.parse(
+            {
+                "family": "sd1",
+                "default_clip_skip": min(_default_clip_skip(source), text_layers),
+                "prediction_type": scheduler.get("prediction_type", "epsilon"),
+                # A tokenizer without a limit of its own writes 1e30 here.
+                "max_tokens": int(min(tokenizer.get("model_max_length", positions), positions)),
+                "vae_factor": vae_factor,
+                # Every UNet block but the last halves the latent's sides.
+                "bucket_step_px": max(8, vae_factor * 2 ** (len(unet["block_out_channels"]) - 1)),
+                "native_size_px": int(unet["sample_size"]) * vae_factor,
+                "latent_channels": int(vae["latent_channels"]),
+                "text_layers": text_layers,
+            }
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BaseModelError(f"{source}: a configuration file lacks or garbles a value ({error!r})") from error
+    except ConfigError as error:
+        raise BaseModelError(f"{source} does not fit what lorasite serves: {error}") from error
+
+
+def _check_family(source: Path, unet: dict[str, Any], vae: dict[str, Any]) -> None:
+    if unet.get("addition_embed_type") not in (None, "text"):
+        raise BaseModelError(f"{source} is of the SDXL family: only SD 1.x is served")
+    if unet.get("use_linear_projection"):
+        raise BaseModelError(f"{source} is of the SD 2.x family (linear projections): only SD 1.x is served")
+    if unet.get("in_channels") != vae.get("latent_channels"):
+        raise BaseModelError(
+            f"{source}: the UNet takes {unet.get('in_channels')} channels, the VAE gives {vae.get('latent_channels')} "
+            "(an inpainting model?): only text-to-image models are served"
+        )
+    if vae.get("shift_factor") or vae.get("latents_mean"):
+        raise BaseModelError(f"{source}: its VAE shifts latents, which no SD 1.x model does: only SD 1.x is served")
+
+
+def _default_clip_skip(source: Path) -> int:
+    path = source / OVERRIDES_NAME
+    if not path.is_file():
+        return SD1_DEFAULT_CLIP_SKIP
+    overrides = read_json(path)
+    unknown = sorted(overrides.keys() - {"default_clip_skip"})
+    value = overrides.get("default_clip_skip", SD1_DEFAULT_CLIP_SKIP)
+    if unknown or not isinstance(value, int) or value < 1:
+        raise BaseModelError(f'{path} may hold only {{"default_clip_skip": a number from 1}}, got {overrides}')
+    return value

@@ -1,0 +1,294 @@
+"""Prepares a base model once: safetensors with final dtypes, and a manifest with a fingerprint of all its inputs.
+
+    python -m core.prepared_base SOURCE DESTINATION
+
+Called by the command lines and by the `prepare_base` job; never runs or unpickles anything of the source.
+"""
+
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTextModel
+
+from core.base_facts import BaseFacts
+from core.base_source import (
+    OVERRIDES_NAME,
+    WEIGHT_STEMS,
+    check_source,
+    find_weights,
+    hash_file,
+    input_files,
+    read_facts,
+    read_json,
+)
+from core.command_line import parser, run_command
+from core.config import canonical_json_hash
+from core.errors import BaseModelError, ConfigError
+from core.progress import Progress, Report, silent
+from core.quiet_libraries import quiet_libraries
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+CODE_VERSION = 1
+"""Raise it whenever this file writes different bytes for the same source: every prepared base becomes stale."""
+
+DTYPE_POLICY = "unet and text_encoder as in the source, vae float32"
+LIBRARIES = ("torch", "diffusers", "transformers")
+PARTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedBase:
+    """A prepared base model on disk.
+
+    Attributes:
+        folder: An ordinary diffusers pipeline folder plus `manifest.json`.
+        facts: What the rest of the system must know about it.
+        fingerprint: SHA-256 over all inputs of the preparation.
+        files: SHA-256 of each file, by its relative path.
+    """
+
+    folder: Path
+    facts: BaseFacts
+    fingerprint: str
+    files: dict[str, str]
+
+
+def prepare_base(source: Path, destination: Path, *, report: Report = silent) -> PreparedBase:
+    """Convert a diffusers SD 1.x pipeline folder. Complete or absent: written beside, then renamed.
+
+    Args:
+        source: The folder, weights in safetensors.
+        destination: A new or empty folder, or a prepared base, which is replaced.
+        report: Called after each part.
+
+    Returns:
+        The prepared base at `destination`.
+
+    Raises:
+        BaseModelError: The source is incomplete, unsafe or of another family, or the destination is in use.
+    """
+    quiet_libraries()
+    check_source(source)
+    facts = read_facts(source)
+    inputs = _inputs(source)
+    fingerprint = canonical_json_hash(inputs)
+    if destination.exists() and not is_prepared(destination) and any(destination.iterdir()):
+        raise BaseModelError(f"{destination} holds other files: choose a new or empty folder")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        _write_parts(source, partial, report)
+        files = {path: hash_file(partial / path) for path in _relative_files(partial)}
+        sizes = {path: (partial / path).stat().st_size for path in files}
+        manifest = {"format": FORMAT, "facts": facts.dump(), "fingerprint": fingerprint, "inputs": inputs}
+        _write_json(partial / MANIFEST_NAME, manifest | {"files": files, "sizes_bytes": sizes})
+        partial.chmod(0o755)  # mkdtemp makes it readable by this user alone
+        _put_in_place(partial, destination)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    logger.info("base prepared source=%s fingerprint=%s", source.name, fingerprint[:12])
+    return open_prepared(destination)
+
+
+def open_prepared(folder: Path, *, verify: bool = False) -> PreparedBase:
+    """Open a prepared base, if its fingerprint still fits its inputs, these libraries and this code.
+
+    Args:
+        folder: Written by `prepare_base`.
+        verify: Also hash every file (about 1 s per GB); without it sizes are compared.
+
+    Raises:
+        BaseModelError: Not prepared, damaged, or stale: the text says which, and to prepare it again.
+    """
+    manifest = read_json(folder / MANIFEST_NAME) if is_prepared(folder) else None
+    if manifest is None or manifest.get("format") != FORMAT:
+        raise BaseModelError(f"{folder} is not a prepared base: run `python -m core.prepared_base SOURCE {folder}`")
+    try:
+        facts = BaseFacts.parse(manifest["facts"])
+        inputs, fingerprint = dict(manifest["inputs"]), str(manifest["fingerprint"])
+        files, sizes = dict(manifest["files"]), dict(manifest["sizes_bytes"])
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise BaseModelError(f"{folder}/{MANIFEST_NAME} is damaged ({error}): prepare the base again") from error
+    if canonical_json_hash(inputs) != fingerprint:
+        raise BaseModelError(f"{folder}: the fingerprint does not fit the recorded inputs: prepare the base again")
+    stale = [name for name, value in _environment().items() if inputs.get(name) != value]
+    if stale:
+        was, now = inputs.get(stale[0]), _environment()[stale[0]]
+        raise BaseModelError(f"{folder} is stale: {stale[0]} was {was}, is now {now}: prepare the base again")
+    for path, sha256 in files.items():
+        size_bytes = (folder / path).stat().st_size if (folder / path).is_file() else None
+        if size_bytes != sizes.get(path):
+            raise BaseModelError(
+                f"{folder}/{path} is damaged: {size_bytes} bytes instead of {sizes.get(path)}: prepare the base again"
+            )
+        if verify and hash_file(folder / path) != sha256:
+            raise BaseModelError(f"{folder}/{path} is damaged: its SHA-256 differs: prepare the base again")
+    return PreparedBase(folder=folder, facts=facts, fingerprint=fingerprint, files=files)
+
+
+def ensure_prepared(source: Path, cache_folder: Path, *, report: Report = silent) -> PreparedBase:
+    """The prepared form of any pipeline folder, prepared into `cache_folder/<fingerprint>` unless it is there.
+
+    Args:
+        source: A diffusers SD 1.x folder (its files are hashed each time), or a prepared base, which is opened.
+        cache_folder: Where prepared bases are kept.
+        report: Called after each part that is prepared.
+
+    Raises:
+        BaseModelError: As `prepare_base` and `open_prepared`.
+    """
+    if is_prepared(source):
+        return open_prepared(source)
+    check_source(source)
+    folder = cache_folder / canonical_json_hash(_inputs(source))
+    if is_prepared(folder):
+        try:
+            return open_prepared(folder)
+        except BaseModelError as error:
+            logger.warning("prepared base is prepared again folder=%s reason=%s", folder.name[:12], error)
+    return prepare_base(source, folder, report=report)
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder claims to be a prepared base (valid or not)."""
+    return (folder / MANIFEST_NAME).is_file() and (folder / "model_index.json").is_file()
+
+
+def fetch_source(name: str) -> Path:
+    """The local folder of a base model: a path as it is, or a Hugging Face id, downloaded into the hub's cache.
+
+    Raises:
+        BaseModelError: Neither a folder here nor a model that can be downloaded.
+    """
+    if Path(name).exists():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise BaseModelError(f"{name} does not exist: give a pipeline folder, or a hub id such as owner/model")
+    try:
+        # Pickles and code are not even downloaded.
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise BaseModelError(f"{name} is no folder here and cannot be downloaded ({error})") from error
+
+
+def _environment() -> dict[str, Any]:
+    """What a preparation depends on beside the source."""
+    return {
+        "code_version": CODE_VERSION,
+        "dtype_policy": DTYPE_POLICY,
+        "library_versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _inputs(source: Path) -> dict[str, Any]:
+    return {"files": {name: hash_file(path) for name, path in input_files(source).items()}} | _environment()
+
+
+def _write_parts(source: Path, folder: Path, report: Report) -> None:
+    paths = input_files(source)
+    index = read_json(paths["model_index.json"])
+    # Safety checkers and the like are not used: null, so that diffusers does not look for them either.
+    parts = {name: entry for name, entry in index.items() if name in (*PARTS, "tokenizer", "scheduler")}
+    absent = {name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")}
+    header = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": version("diffusers")}
+    _write_json(folder / "model_index.json", header | absent | {"requires_safety_checker": False} | parts)
+    for name, path in paths.items():
+        if name.startswith(("tokenizer/", "scheduler/")) or name == OVERRIDES_NAME:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
+    for step, (name, model_class) in enumerate(PARTS.items(), start=1):
+        weights = find_weights(source / name, WEIGHT_STEMS[name])
+        dtype = torch.float32 if name == "vae" else _stored_dtype(weights)
+        _convert(model_class, weights, folder / name, dtype)
+        report(Progress(stage=f"preparing {name}", step=step, total=len(PARTS)))
+
+
+def _convert(model_class: Any, weights: Path, destination: Path, dtype: torch.dtype) -> None:
+    """Load one part through its library, which renames weights of older files, and save it in `dtype`."""
+    try:
+        model, info = model_class.from_pretrained(
+            weights.parent,
+            dtype=dtype,
+            variant="fp16" if weights.name.endswith(".fp16.safetensors") else None,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BaseModelError(f"{weights} does not load ({error}): download the model again") from error
+    lacking = sorted(info["missing_keys"])
+    if lacking or info["mismatched_keys"]:
+        first = lacking[0] if lacking else sorted(info["mismatched_keys"])[0]
+        raise BaseModelError(f"{weights} does not fit its config.json (first: {first}): download the model again")
+    model.save_pretrained(destination, safe_serialization=True, max_shard_size="100GB")
+
+
+def _stored_dtype(weights: Path) -> torch.dtype:
+    """The dtype of the first floating-point weight of a file."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise BaseModelError(f"{weights} is not a safetensors file ({error}): download the model again") from error
+    for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
+        if name in names:
+            return dtype
+    raise BaseModelError(f"{weights} holds no weights in F32, BF16 or F16, only {sorted(names)}")
+
+
+def _relative_files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _put_in_place(partial: Path, destination: Path) -> None:
+    """Rename `partial` to `destination`; a base that is there already goes away last."""
+    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
+    try:
+        if destination.exists():
+            destination.replace(old / "base")
+        partial.replace(destination)
+    except OSError as error:
+        raise BaseModelError(f"{destination} was changed by another process meanwhile ({error}): try again") from error
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of this module; `--help` explains it."""
+    options = parser(
+        "core.prepared_base",
+        "Prepare a base model: checks a Stable Diffusion 1.x pipeline folder, converts it to safetensors with final "
+        "dtypes (VAE in fp32) and writes manifest.json with its facts and a fingerprint of all inputs.",
+        example="python -m core.prepared_base demo/tiny-sd-emoji var/bases/demo",
+    )
+    options.add_argument("source", help="pipeline folder, or a Hugging Face id such as owner/model")
+    options.add_argument("destination", type=Path, help="new folder, or a prepared base to replace")
+    given = options.parse_args(arguments)
+    prepared = prepare_base(fetch_source(given.source), given.destination)
+    sys.stdout.write(f"{prepared.folder}\nfingerprint {prepared.fingerprint}\n")
+    for name, value in prepared.facts.dump().items():
+        sys.stdout.write(f"{name} {value}\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
