@@ -1,0 +1,30 @@
+"""All records of the product, one file per subject."""
+
+from jobs.models.accounts import ApiKey, User
+from jobs.models.base_model import BaseModel
+from jobs.models.dataset import Dataset, DatasetImage, DatasetVersion
+from jobs.models.generation import GeneratedImage, GenerationLora, GenerationRequest
+from jobs.models.job import Job, JobAttempt, JobEvent
+from jobs.models.lora import Lora, LoraVersion
+from jobs.models.training import TrainingRun
+from jobs.models.worker import LeaderLease, WorkerProcess
+
+__all__ = [
+    "ApiKey",
+    "BaseModel",
+    "Dataset",
+    "DatasetImage",
+    "DatasetVersion",
+    "GeneratedImage",
+    "GenerationLora",
+    "GenerationRequest",
+    "Job",
+    "JobAttempt",
+    "JobEvent",
+    "LeaderLease",
+    "Lora",
+    "LoraVersion",
+    "TrainingRun",
+    "User",
+    "WorkerProcess",
+]

@@ -1,0 +1,47 @@
+"""Rebuilds prepared base folders on this machine from content-addressed files."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from core.errors import BaseModelError
+from core.prepared_base import open_prepared
+from gpu_worker.settings import BaseRef, Fetch
+
+
+def base_folder(ref: BaseRef, cache_folder: Path, fetch: Fetch) -> Path:
+    """The prepared folder of `ref`, built when it is not there yet; hard links into the file cache, so it costs no space.
+
+    Raises:
+        BaseModelError: The rebuilt folder is stale or has another fingerprint than the record says.
+    """
+    folder = cache_folder / "bases" / ref.fingerprint
+    if not folder.is_dir():
+        part = folder.with_name(f".part-{uuid.uuid4().hex}")
+        try:
+            for name, sha256 in ref.files.items():
+                target = part / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _link(fetch(sha256), target)
+            try:
+                part.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # Otherwise another process finished the same folder first.
+                    raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    prepared = open_prepared(folder)
+    if prepared.fingerprint != ref.fingerprint:
+        raise BaseModelError(
+            f"base model {ref.name!r} has fingerprint {prepared.fingerprint[:12]} on this machine, {ref.fingerprint[:12]} is "
+            "recorded: prepare it again"
+        )
+    return folder
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)  # Another file system.

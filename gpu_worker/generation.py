@@ -1,0 +1,50 @@
+"""Generation inside a worker: warm pipeline, cached LoRA files, then `core.generate`."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.config import GenerateConfig
+from core.generate import generate
+from core.image_files import infotext, save_png
+from core.progress import Report
+from gpu_worker import runtime
+from gpu_worker.settings import BaseRef, Fetch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One finished picture on local disk; sizes in pixels."""
+
+    path: Path
+    seed: int
+    width: int
+    height: int
+
+
+def run_generation(
+    *,
+    config: GenerateConfig,
+    base_fingerprint: str,
+    base_files: dict[str, str],
+    base_name: str,
+    lora_names: Sequence[str],
+    fetch: Fetch,
+    folder: Path,
+    report: Report,
+) -> list[Picture]:
+    """All pictures of one request as PNG files in `folder`, in seed order."""
+    ref = BaseRef(name=base_name, fingerprint=base_fingerprint, files=base_files)
+    base = runtime.current().pool.get(ref)
+    loras = [(fetch(use.sha256), use.weight) for use in config.loras]
+    images = generate(base, config, loras, report)
+    pictures = []
+    names = [(name, use.weight) for name, use in zip(lora_names, config.loras, strict=True)]
+    for number, (image, seed) in enumerate(zip(images, config.seeds(), strict=True)):
+        path = folder / f"{number:04d}.png"
+        save_png(image, path, infotext(config, seed, base_name, names))
+        pictures.append(Picture(path=path, seed=seed, width=image.width, height=image.height))
+    return pictures

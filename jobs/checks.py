@@ -1,0 +1,39 @@
+"""System checks: wrong settings are said at start, with an id and a hint."""
+
+import sys
+from typing import Any
+
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Warning, register
+
+
+@register()
+def lease_outlives_heartbeat(**_: Any) -> list[CheckMessage]:
+    """Two renewals may get lost before a lease runs out."""
+    lease, heartbeat = settings.LORASITE["LEASE_SECONDS"], settings.LORASITE["HEARTBEAT_SECONDS"]
+    if heartbeat * 3 <= lease:
+        return []
+    return [
+        Error(
+            f"LORASITE_HEARTBEAT_SECONDS is {heartbeat} but LORASITE_LEASE_SECONDS only {lease}",
+            hint="Make the lease at least three heartbeats long, or jobs are taken from healthy workers.",
+            id="jobs.E001",
+        )
+    ]
+
+
+@register()
+def python_is_patched(**_: Any) -> list[CheckMessage]:
+    """CPython before 3.11.14 lacks fixes of its zip reader (CVE-2024-0450, CVE-2025-8291)."""
+    floors = {(3, 11): 14, (3, 12): 12, (3, 13): 10, (3, 14): 1}
+    floor = floors.get(sys.version_info[:2])
+    if floor is None or sys.version_info[2] >= floor:
+        return []
+    version = ".".join(map(str, sys.version_info[:3]))
+    return [
+        Warning(
+            f"Python {version} lacks security fixes",
+            hint=f"Use {sys.version_info[0]}.{sys.version_info[1]}.{floor} or newer in production.",
+            id="jobs.W002",
+        )
+    ]

@@ -1,0 +1,15 @@
+"""The one clock that decides leases: the database's. Clocks of workers are never compared with each other."""
+
+from datetime import timedelta
+from typing import Any
+
+from django.db.models import DateTimeField, ExpressionWrapper, Value
+from django.db.models.functions import Now
+
+
+def after(seconds: float) -> Any:
+    """SQL expression: the database's time plus `seconds` (may be negative).
+
+    `Now()` is the statement's time on PostgreSQL, not the transaction's, so a long transaction does not see a frozen clock.
+    """
+    return ExpressionWrapper(Now() + Value(timedelta(seconds=seconds)), output_field=DateTimeField())

@@ -1,0 +1,56 @@
+"""Errors of the records and their rules; the API turns each into one JSON shape."""
+
+
+class JobsError(Exception):
+    """Base class. Do not raise directly. `code` and `http_status` are what the API answers."""
+
+    code = "jobs_error"
+    http_status = 400
+
+
+class InvalidInput(JobsError):
+    """A request that can never work as sent."""
+
+    code = "invalid"
+
+
+class NotReady(JobsError):
+    """The thing exists, but must be finished or prepared first."""
+
+    code = "not_ready"
+    http_status = 409
+
+
+class Conflict(JobsError):
+    """The row is in a state that forbids the change."""
+
+    code = "conflict"
+    http_status = 409
+
+
+class IdempotencyMismatch(JobsError):
+    """The same Idempotency-Key came with another body."""
+
+    code = "idempotency_mismatch"
+    http_status = 422
+
+
+class InvalidTransition(JobsError):
+    """A job state change that the transition table does not know."""
+
+    code = "invalid_transition"
+    http_status = 409
+
+
+class LeaseLost(JobsError):
+    """This attempt is fenced: another one holds the job, or its lease ran out. Publish nothing."""
+
+    code = "lease_lost"
+    http_status = 409
+
+
+class ArtifactDamaged(JobsError):
+    """Stored bytes do not have the hash that their name promises."""
+
+    code = "artifact_damaged"
+    http_status = 500

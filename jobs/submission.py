@@ -1,0 +1,249 @@
+"""Everything that creates a job: one transaction writes the request row and the QUEUED job. Nothing is published.
+
+Called by the API, the admin and management commands. Refuses with a sentence before anything is written.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from django.db import IntegrityError, transaction
+from django.db.models import Max
+
+from core.config import GenerateConfig, LoraUse, PreprocessConfig, TrainConfig, canonical_json_hash
+from jobs.errors import Conflict, IdempotencyMismatch, InvalidInput, NotReady
+from jobs.lifecycle import job_created
+from jobs.models import (
+    BaseModel,
+    Dataset,
+    DatasetVersion,
+    GenerationLora,
+    GenerationRequest,
+    Job,
+    LoraVersion,
+    TrainingRun,
+    User,
+)
+from jobs.status import JobKind, JobState
+
+
+def job_submit(
+    *,
+    owner: User,
+    kind: JobKind,
+    spec: dict[str, Any],
+    base_model: BaseModel | None = None,
+    idempotency_key: str | None = None,
+    request: dict[str, Any] | None = None,
+    attach: Callable[[Job], object],
+) -> Job:
+    """Insert a QUEUED job and its request row in one transaction.
+
+    Args:
+        spec: The configuration's full dump.
+        idempotency_key: The same key of the same owner returns the job made first.
+        request: What the person asked for, to tell a repeated request from another one under the same key.
+        attach: Creates the request row (TrainingRun ...) of the new job; runs in the same transaction.
+
+    Raises:
+        IdempotencyMismatch: The key was used for another request.
+    """
+    request_hash = canonical_json_hash({"kind": kind, **(request or spec)})
+    if idempotency_key is not None:
+        earlier = Job.objects.filter(owner=owner, idempotency_key=idempotency_key).first()
+        if earlier is not None:
+            return _same_request(earlier, request_hash)
+    try:
+        with transaction.atomic():
+            job = Job.objects.create(
+                owner=owner,
+                kind=kind,
+                spec=spec,
+                spec_hash=canonical_json_hash(spec),
+                base_model=base_model,
+                idempotency_key=idempotency_key,
+                request_hash=request_hash,
+            )
+            attach(job)
+            job_created(job)
+    except IntegrityError:
+        # Two identical requests at once: the loser of the unique constraint answers with the winner's job.
+        earlier = Job.objects.filter(owner=owner, idempotency_key=idempotency_key).first() if idempotency_key else None
+        if earlier is None:
+            raise
+        return _same_request(earlier, request_hash)
+    return job
+
+
+def _same_request(job: Job, request_hash: str) -> Job:
+    if job.request_hash != request_hash:
+        raise IdempotencyMismatch(
+            f"Idempotency-Key {job.idempotency_key!r} was already used for another request (job {job.pk}); use a new key"
+        )
+    return job
+
+
+def preprocess_submit(
+    *, owner: User, dataset: Dataset, config: PreprocessConfig, idempotency_key: str | None = None
+) -> Job:
+    """Start preparing a dataset: makes its next DatasetVersion.
+
+    Raises:
+        NotReady: The dataset has no pictures.
+    """
+    count = dataset.images.count()
+    if not count:
+        raise NotReady(f"dataset {dataset.name!r} has no pictures: upload some first")
+
+    def attach(job: Job) -> None:
+        newest = dataset.versions.aggregate(Max("number"))["number__max"] or 0
+        DatasetVersion.objects.create(owner=owner, dataset=dataset, number=newest + 1, job=job)
+
+    return job_submit(
+        owner=owner,
+        kind=JobKind.PREPROCESS,
+        spec=config.dump(),
+        idempotency_key=idempotency_key,
+        request={"dataset": str(dataset.pk), **config.dump()},
+        attach=attach,
+    )
+
+
+def training_submit(
+    *,
+    owner: User,
+    dataset_version: DatasetVersion,
+    base_model: BaseModel,
+    lora_name: str,
+    config: TrainConfig,
+    idempotency_key: str | None = None,
+) -> Job:
+    """Start training a LoRA on a prepared dataset version.
+
+    Raises:
+        NotReady: The version's preparation has not succeeded, or the base model is not prepared.
+        InvalidInput: The configuration does not fit the base model.
+        Conflict: The LoRA name belongs to a LoRA of another base model.
+    """
+    if not dataset_version.is_ready:
+        raise NotReady(
+            f"dataset version {dataset_version} is not ready (its job is {dataset_version.job.state}): "
+            "wait for its preprocessing to succeed"
+        )
+    facts = _facts(base_model)
+    _check_clip_skip(config.clip_skip, base_model)
+    step = facts.bucket_step_px
+    wrong = [i for i in (dataset_version.manifest or {})["images"] if i["width"] % step or i["height"] % step]
+    if wrong:
+        raise InvalidInput(
+            f"{len(wrong)} pictures of {dataset_version} do not fit base model {base_model.name!r}: sides must be multiples of "
+            f"{step} px, {wrong[0]['name']!r} is {wrong[0]['width']}x{wrong[0]['height']}. "
+            f"Preprocess again with bucket_step_px={step}"
+        )
+    other = owner.loras.filter(name=lora_name).exclude(base_model=base_model).first()
+    if other is not None:
+        raise Conflict(f"your LoRA {lora_name!r} belongs to base model {other.base_model.name!r}: choose another name")
+
+    def attach(job: Job) -> None:
+        TrainingRun.objects.create(
+            owner=owner, job=job, dataset_version=dataset_version, base_model=base_model, lora_name=lora_name
+        )
+
+    return job_submit(
+        owner=owner,
+        kind=JobKind.TRAIN,
+        spec=config.dump(),
+        base_model=base_model,
+        idempotency_key=idempotency_key,
+        request={
+            "dataset_version": str(dataset_version.pk),
+            "base_model": str(base_model.pk),
+            "lora_name": lora_name,
+            **config.dump(),
+        },
+        attach=attach,
+    )
+
+
+def generation_submit(
+    *,
+    owner: User,
+    base_model: BaseModel,
+    loras: Sequence[tuple[LoraVersion, float]],
+    values: dict[str, Any],
+    idempotency_key: str | None = None,
+) -> Job:
+    """Start generating pictures.
+
+    Args:
+        loras: LoRA versions that the owner may see, with their weights.
+        values: GenerateConfig fields without `loras`; width and height default to the base model's native size.
+
+    Raises:
+        core.errors.ConfigError: A value is out of range.
+        NotReady: The base model is not prepared.
+        InvalidInput: A size does not fit the base model, or a LoRA belongs to another base model.
+    """
+    facts = _facts(base_model)
+    native = {"width": facts.native_size_px, "height": facts.native_size_px}
+    uses = tuple(LoraUse(sha256=version.kohya_sha256, weight=weight) for version, weight in loras)
+    config = GenerateConfig.parse({**native, **values, "loras": [use.dump() for use in uses]})
+    step = facts.bucket_step_px
+    if config.width % step or config.height % step:
+        raise InvalidInput(
+            f"{config.width}x{config.height} does not fit base model {base_model.name!r}: both sides must be multiples of {step} px"
+        )
+    _check_clip_skip(config.clip_skip, base_model)
+    for version, _ in loras:
+        if version.lora.base_model_id != base_model.pk:
+            raise InvalidInput(
+                f"LoRA {version} was trained for base model {version.lora.base_model.name!r}, not {base_model.name!r}"
+            )
+
+    def attach(job: Job) -> None:
+        request = GenerationRequest.objects.create(owner=owner, job=job, base_model=base_model)
+        GenerationLora.objects.bulk_create(
+            GenerationLora(request=request, lora_version=version, weight=weight) for version, weight in loras
+        )
+
+    return job_submit(
+        owner=owner,
+        kind=JobKind.GENERATE,
+        spec=config.dump(),
+        base_model=base_model,
+        idempotency_key=idempotency_key,
+        request={"base_model": str(base_model.pk), **config.dump()},
+        attach=attach,
+    )
+
+
+def base_preparation_submit(*, owner: User, base_model: BaseModel) -> Job:
+    """Start (again) the preparation of a base model.
+
+    Raises:
+        Conflict: A preparation is under way.
+    """
+    if base_model.job is not None and base_model.job.state in (JobState.QUEUED, JobState.RUNNING, JobState.UPLOADING):
+        raise Conflict(f"base model {base_model.name!r} is being prepared already (job {base_model.job_id})")
+
+    def attach(job: Job) -> None:
+        BaseModel.objects.filter(pk=base_model.pk).update(job=job)
+        base_model.job = job
+
+    return job_submit(
+        owner=owner, kind=JobKind.PREPARE_BASE, spec={"source": base_model.source}, base_model=base_model, attach=attach
+    )
+
+
+def _facts(base_model: BaseModel) -> Any:
+    if not base_model.fingerprint:
+        state = base_model.job.state if base_model.job else "not started"
+        raise NotReady(f"base model {base_model.name!r} is not prepared yet (its preparation is {state})")
+    return base_model.base_facts()
+
+
+def _check_clip_skip(clip_skip: int | None, base_model: BaseModel) -> None:
+    layers = base_model.base_facts().text_layers
+    if clip_skip is not None and clip_skip > layers:
+        raise InvalidInput(
+            f"clip_skip {clip_skip} is more than the {layers} text layers of base model {base_model.name!r}"
+        )

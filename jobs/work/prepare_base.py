@@ -1,0 +1,38 @@
+"""A prepare_base job: a source folder becomes a prepared base whose files any node can fetch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.artifacts import artifact_put
+from jobs.heartbeat import Hold
+from jobs.models import BaseModel
+from jobs.scratch import scratch_open, scratch_remove
+
+
+class PrepareBaseWork:
+    """One claimed prepare_base job."""
+
+    def __init__(self, hold: Hold, *, run: Callable[..., Any]) -> None:
+        self.hold, self._run = hold, run
+        self.base_model = BaseModel.objects.get(job=hold.job)
+
+    def compute(self) -> None:
+        """Prepare the source into the scratch folder."""
+        self.folder = scratch_open(self.hold) / "base"
+        self.prepared = self._run(Path(self.base_model.source), self.folder, self.hold.report)
+
+    def store(self) -> None:
+        """All files go to the store under their hashes."""
+        self.files: dict[str, str] = {}
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file():
+                self.hold.check()
+                self.files[path.relative_to(self.folder).as_posix()] = artifact_put(path)[0]
+        scratch_remove(self.hold)
+
+    def record(self) -> None:
+        """From now on jobs may use this base."""
+        BaseModel.objects.filter(pk=self.base_model.pk).update(
+            fingerprint=self.prepared.fingerprint, facts=self.prepared.facts.dump(), files=self.files
+        )

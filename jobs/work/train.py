@@ -1,0 +1,91 @@
+"""A train job: a frozen dataset version in, a LoRA version out; checkpoints are stored on the way so that any node can go on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from django.db.models import Max
+
+from core.config import TrainConfig
+from core.manifest import DatasetManifest
+from jobs import lifecycle
+from jobs.artifacts import artifact_put
+from jobs.heartbeat import Hold
+from jobs.models import Lora, LoraVersion, TrainingRun
+from jobs.node_cache import node_cache
+from jobs.scratch import scratch_open, scratch_remove
+
+
+class TrainWork:
+    """One claimed train job."""
+
+    def __init__(self, hold: Hold, *, run: Callable[..., Any]) -> None:
+        self.hold, self._run = hold, run
+        self.training_run = TrainingRun.objects.select_related("dataset_version", "base_model").get(job=hold.job)
+
+    def compute(self) -> None:
+        """Put the last checkpoint in place, train, and store each new checkpoint."""
+        self.folder = scratch_open(self.hold)
+        for name, sha256 in (self.hold.job.checkpoint or {}).items():
+            node_cache().copy_to(sha256, self.folder / name)
+        base_model = self.training_run.base_model
+        manifest = DatasetManifest.from_json(self.training_run.dataset_version.manifest)
+        self.result = self._run(
+            config=TrainConfig.parse(self.hold.job.spec),
+            base_fingerprint=base_model.fingerprint,
+            base_files=base_model.files,
+            base_name=base_model.name,
+            lora_name=self.training_run.lora_name,
+            manifest=manifest,
+            fetch=node_cache().get,
+            work_folder=self.folder,
+            report=self.hold.report,
+            on_checkpoint=self._checkpoint,
+        )
+
+    def _checkpoint(self, checkpoint: Path, step: int) -> None:
+        """Store the newest checkpoint and the sample pictures made so far, then point the job to them."""
+        kept = [path for path in checkpoint.rglob("*") if path.is_file()]
+        kept += [path for path in self.folder.rglob("*.png") if path.is_file()]
+        files = {path.relative_to(self.folder).as_posix(): artifact_put(path)[0] for path in sorted(kept)}
+        lifecycle.checkpoint_record(job_id=self.hold.job.pk, token=self.hold.token, step=step, files=files)
+
+    def store(self) -> None:
+        """LoRA files and samples go to the store under their hashes."""
+        self.kohya_sha256, self.kohya_size_bytes = artifact_put(self.result.kohya_file)
+        self.peft_files = {
+            path.name: artifact_put(path)[0] for path in sorted(self.result.peft_folder.iterdir()) if path.is_file()
+        }
+        self.samples = []
+        for sample in self.result.samples:
+            self.hold.check()
+            sha256 = artifact_put(sample.path)[0]
+            self.samples.append({"step": sample.step, "prompt": sample.prompt, "sha256": sha256})
+        scratch_remove(self.hold)
+
+    def record(self) -> None:
+        """The LoRA version becomes visible."""
+        run = self.training_run
+        lora, _ = Lora.objects.get_or_create(
+            owner=run.owner,
+            name=run.lora_name,
+            defaults={
+                "base_model": run.base_model,
+                "trigger_word": (run.dataset_version.manifest or {})["config"]["trigger_word"],
+            },
+        )
+        # The row lock makes the next number ours on databases that have one; SQLite writes one transaction at a time anyway.
+        Lora.objects.select_for_update().get(pk=lora.pk)
+        newest = lora.versions.aggregate(Max("number"))["number__max"] or 0
+        LoraVersion.objects.create(
+            owner=run.owner,
+            lora=lora,
+            number=newest + 1,
+            training_run=run,
+            kohya_sha256=self.kohya_sha256,
+            kohya_size_bytes=self.kohya_size_bytes,
+            model_hash=self.result.model_hash,
+            peft_files=self.peft_files,
+            facts=self.result.facts,
+        )
+        TrainingRun.objects.filter(pk=run.pk).update(losses=self.result.losses, samples=self.samples)

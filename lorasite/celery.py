@@ -1,0 +1,161 @@
+"""The Celery app and the life of a worker: what its parent does before the fork, and its children after it.
+
+Celery carries doorbells only; jobs, retries, results and priorities live in the database, so their Celery features are off.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, signals
+from kombu import Queue
+
+from lorasite.environment import Environment
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "lorasite.settings.base")
+_ENVIRONMENT = Environment()
+
+app = Celery("lorasite")
+app.conf.update(
+    # The web tier and manage.py have no address; an unreachable one makes a publish by mistake fail loudly.
+    broker_url=_ENVIRONMENT.broker_url.get_secret_value() or "redis://broker-is-not-configured.invalid:6379/0",
+    broker_transport_options={
+        "visibility_timeout": 3600,  # seconds; a late doorbell is harmless
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+        "socket_timeout": 5,
+        "socket_connect_timeout": 2,
+        "socket_keepalive": True,
+        "retry_on_timeout": False,  # True makes a frozen broker block four times as long
+        "health_check_interval": 10,
+        "global_keyprefix": "lorasite:",
+    },
+    broker_connection_timeout=1,
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    broker_pool_acquire_timeout=2,
+    task_publish_retry=False,  # the dispatcher rings again
+    task_acks_late=False,  # Celery never replays work; the lease does
+    task_reject_on_worker_lost=False,
+    worker_cancel_long_running_tasks_on_connection_loss=False,  # a broker blip must not kill a training
+    worker_prefetch_multiplier=1,
+    worker_disable_prefetch=True,
+    worker_proc_alive_timeout=300.0,  # seconds; the default 4 would kill a child that loads models, for ever
+    result_backend=None,
+    task_ignore_result=True,
+    task_store_errors_even_if_ignored=False,
+    accept_content=["json"],
+    task_serializer="json",
+    event_serializer="json",
+    worker_enable_remote_control=False,
+    worker_send_task_events=False,
+    worker_hijack_root_logger=False,
+    task_queues=[Queue("gpu"), Queue("cpu")],
+    task_default_queue="cpu",
+    task_create_missing_queues=False,
+    imports=["jobs.tasks"],
+    timezone="UTC",
+)
+
+_selected_queues: list[str] = ["cpu", "gpu"]
+_shutdown: Any = None
+
+
+@signals.setup_logging.connect
+def _keep_our_logging(**_: Any) -> None:
+    """Settings have configured logging already; connecting this signal keeps Celery from doing it again."""
+
+
+@signals.celeryd_init.connect
+def _before_the_pool(conf: Any, options: dict[str, Any], **_: Any) -> None:
+    """Parent: choose the number of children, import the heavy libraries once. No CUDA, no threads, no database connection."""
+    global _selected_queues, _shutdown
+    from jobs.worker_context import ShutdownFlag
+
+    _shutdown = ShutdownFlag()
+    chosen = options.get("queues")
+    if chosen:
+        _selected_queues = [name.strip() for name in (chosen.split(",") if isinstance(chosen, str) else chosen)]
+    if "gpu" in _selected_queues:
+        if not options.get("concurrency"):
+            conf.worker_concurrency = max(1, len(_gpu_devices()))
+        # A parent that has started an OpenMP pool can hang its children.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        import gpu_worker.generation
+        import gpu_worker.training  # noqa: F401 - imported for the fork: children start in milliseconds
+
+
+@signals.worker_shutting_down.connect
+def _going_down(**_: Any) -> None:
+    """Parent: children see the flag at their next step, save a checkpoint and give their jobs back."""
+    if _shutdown is not None:
+        _shutdown.raise_flag()
+
+
+@signals.worker_process_init.connect
+def _child_starts(**_: Any) -> None:
+    """Child: die with the parent, take the device, load the keep-warm bases, say READY, beat."""
+    from django.conf import settings
+
+    from core.die_with_parent import die_with_parent
+    from jobs import worker_context
+    from jobs.heartbeat import Heartbeat
+    from jobs.models import BaseModel
+    from jobs.node_cache import node_cache
+    from jobs.workers import worker_ready, worker_register
+
+    die_with_parent()
+    serves_gpu = "gpu" in _selected_queues
+    device = _device_of_this_child() if serves_gpu else "cpu"
+    worker = worker_register(queues=_selected_queues, device=device)
+    warm_bases: Any = list
+    if serves_gpu:
+        from gpu_worker import runtime
+        from gpu_worker.settings import BaseRef, WorkerSettings
+
+        refs = [
+            BaseRef(name=base.name, fingerprint=base.fingerprint, files=base.files)
+            for base in BaseModel.objects.ready().filter(keep_warm=True)
+        ]
+        started = runtime.start(
+            WorkerSettings(
+                device=device,
+                cache_folder=Path(settings.LORASITE["DATA"]) / "cache",
+                fetch=node_cache().get,
+                torch_threads=settings.LORASITE["WORKER_THREADS"],
+            ),
+            refs,
+        )
+        warm_bases = started.pool.fingerprints
+    heartbeat = Heartbeat(worker, warm_bases=warm_bases, shutting_down=lambda: _shutdown.is_raised)
+    worker_context.enter(worker_context.WorkerContext(worker, heartbeat, _shutdown))
+    heartbeat.start()
+    worker_ready(worker=worker, warm_bases=warm_bases())
+
+
+@signals.worker_process_shutdown.connect
+def _child_ends(**_: Any) -> None:
+    """Child: say so, if there is still time."""
+    from jobs import worker_context
+    from jobs.workers import worker_gone
+
+    context = worker_context.current()
+    context.heartbeat.stop()
+    worker_gone(worker=context.worker)
+
+
+def _gpu_devices() -> list[str]:
+    """CUDA devices of this machine, counted without touching CUDA (which must not start before the fork)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        count = len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+    else:
+        count = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+    return [f"cuda:{index}" for index in range(count)]
+
+
+def _device_of_this_child() -> str:
+    from billiard import current_process
+
+    devices = _gpu_devices()
+    return devices[current_process().index % len(devices)] if devices else "cpu"

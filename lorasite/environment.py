@@ -1,0 +1,59 @@
+"""All settings that come from the environment, typed; a wrong one is reported with all others at once.
+
+Read by `lorasite/settings/*`. Every variable starts with `LORASITE_`, e.g. `LORASITE_DATABASE_URL`.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class Environment(BaseSettings):
+    """One field per variable. `manage.py check` and `deploy/env.example` show the same names."""
+
+    model_config = SettingsConfigDict(env_prefix="LORASITE_", extra="ignore")
+
+    data: Path = Field(
+        REPOSITORY / "var", description="Folder of everything that one machine keeps: database, files, caches."
+    )
+    secret_key: SecretStr = Field(
+        SecretStr(""), description="Django's secret. Required in production, 50 characters or more."
+    )
+    debug: bool = Field(False, description="Django's debug pages. Never on a machine that others reach.")
+    allowed_hosts: list[str] = Field(
+        ["localhost", "127.0.0.1", "[::1]"], description="Host names of the site, as a JSON list."
+    )
+    csrf_trusted_origins: list[str] = Field([], description="Origins behind a TLS proxy, as a JSON list.")
+    database_url: str = Field("", description="postgres://user:password@host:5432/name. Empty: SQLite under `data`.")
+    broker_url: SecretStr = Field(
+        SecretStr(""),
+        description="redis://:password@host:6379/0. For dispatcher and workers only, never for the web tier.",
+    )
+    storage: Literal["local", "s3"] = Field("local", description="Where artifacts live.")
+    s3_bucket: str = Field("", description="Bucket of the artifacts (storage=s3).")
+    s3_endpoint_url: str = Field("", description="Empty: AWS.")
+    s3_region: str = Field("us-east-1", description="Region of the bucket.")
+    s3_access_key: SecretStr = Field(SecretStr(""), description="Empty: the machine's own role.")
+    s3_secret_key: SecretStr = Field(SecretStr(""), description="Belongs to `s3_access_key`.")
+    lease_seconds: float = Field(
+        30.0, ge=1, le=600, description="A job whose worker is silent this long is given to another."
+    )
+    heartbeat_seconds: float = Field(
+        2.0, ge=0.1, le=60, description="Between two renewals; at most a third of the lease."
+    )
+    dispatch_seconds: float = Field(
+        0.25, ge=0.05, le=10, description="Between two looks of the dispatcher at the database."
+    )
+    drain_seconds: float = Field(
+        600.0, ge=1, le=3600, description="A doorbell's task claims work for at most this long."
+    )
+    upload_max_bytes: int = Field(64 * 2**20, ge=2**20, description="Largest single upload.")
+    worker_threads: int = Field(
+        1, ge=1, le=64, description="Torch threads of a CPU worker; more than 1 only on idle cores."
+    )
+    log_format: Literal["console", "json"] = Field("console", description="console for people, json for machines.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Lowest level shown.")
