@@ -5,7 +5,7 @@ import logging
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
@@ -28,7 +28,13 @@ def parser(module: str, description: str, *, example: str) -> argparse.ArgumentP
     )
 
 
-def add_config_options(options: argparse.ArgumentParser, config: type[Config], *, skip: Collection[str] = ()) -> None:
+def add_config_options(
+    options: argparse.ArgumentParser,
+    config: type[Config],
+    *,
+    skip: Collection[str] = (),
+    defaults: Mapping[str, str] | None = None,
+) -> None:
     """Add one option per field of a configuration, with its description, default and choices.
 
     Values stay text: `read_config` gives them to the class, which checks them as it checks REST input and YAML.
@@ -37,6 +43,7 @@ def add_config_options(options: argparse.ArgumentParser, config: type[Config], *
         options: Gets a group named after the class.
         config: Its scalar fields become options; fields that hold several values are the caller's.
         skip: Names of fields to leave out.
+        defaults: What the help says of fields whose default the command finds by itself.
     """
     group = options.add_argument_group(f"{config.__name__} (the same names as in YAML and REST)")
     for name, field in config.model_fields.items():
@@ -47,7 +54,7 @@ def add_config_options(options: argparse.ArgumentParser, config: type[Config], *
         text = (field.description or name).replace("%", "%%")
         required = field.is_required()
         if not required:
-            text += f" Default: {_as_text(field)}."
+            text += f" Default: {(defaults or {}).get(name, _as_text(field))}."
         if field.annotation is bool:
             group.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:

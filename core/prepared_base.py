@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
+DEFAULT_CACHE_FOLDER = Path("var/prepared-bases")
+"""Where the command lines keep what `ensure_prepared` makes."""
+
 CODE_VERSION = 1
 """Raise it whenever this file writes different bytes for the same source: every prepared base becomes stale."""
 
