@@ -11,7 +11,8 @@ def die_with_parent(expected_parent_pid: int | None = None) -> None:
     """Ask Linux to send SIGKILL to this process when its parent thread ends (prctl(2)). No-op elsewhere.
 
     Args:
-        expected_parent_pid: When given and the parent is already another process, exit at once: it died before this call.
+        expected_parent_pid: When given and the parent is another process by now, exit at once: it died before
+            this call.
     """
     try:
         libc = ctypes.CDLL(None, use_errno=True)

@@ -11,7 +11,7 @@ from gpu_worker.settings import BaseRef, Fetch
 
 
 def base_folder(ref: BaseRef, cache_folder: Path, fetch: Fetch) -> Path:
-    """The prepared folder of `ref`, built when it is not there yet; hard links into the file cache, so it costs no space.
+    """The prepared folder of `ref`, built when it is not there; hard links into the file cache cost no space.
 
     Raises:
         BaseModelError: The rebuilt folder is stale or has another fingerprint than the record says.
@@ -34,8 +34,8 @@ def base_folder(ref: BaseRef, cache_folder: Path, fetch: Fetch) -> Path:
     prepared = open_prepared(folder)
     if prepared.fingerprint != ref.fingerprint:
         raise BaseModelError(
-            f"base model {ref.name!r} has fingerprint {prepared.fingerprint[:12]} on this machine, {ref.fingerprint[:12]} is "
-            "recorded: prepare it again"
+            f"base model {ref.name!r} has fingerprint {prepared.fingerprint[:12]} on this machine, "
+            f"{ref.fingerprint[:12]} is recorded: prepare it again"
         )
     return folder
 

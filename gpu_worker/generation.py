@@ -9,6 +9,7 @@ from core.config import GenerateConfig
 from core.generate import generate
 from core.image_files import infotext, save_png
 from core.progress import Report
+from core.text_encoding import resolve_clip_skip
 from gpu_worker import runtime
 from gpu_worker.settings import BaseRef, Fetch
 
@@ -42,9 +43,9 @@ def run_generation(
     loras = [(fetch(use.sha256), use.weight) for use in config.loras]
     images = generate(base, config, loras, report)
     pictures = []
-    names = [(name, use.weight) for name, use in zip(lora_names, config.loras, strict=True)]
+    clip_skip = resolve_clip_skip(base, config.clip_skip)
     for number, (image, seed) in enumerate(zip(images, config.seeds(), strict=True)):
         path = folder / f"{number:04d}.png"
-        save_png(image, path, infotext(config, seed, base_name, names))
+        save_png(image, path, infotext(config, seed, base_name, lora_names, clip_skip=clip_skip))
         pictures.append(Picture(path=path, seed=seed, width=image.width, height=image.height))
     return pictures

@@ -4,7 +4,8 @@ import sys
 from typing import Any
 
 from django.conf import settings
-from django.core.checks import CheckMessage, Error, Warning, register
+from django.core import checks
+from django.core.checks import CheckMessage, Error, register
 
 
 @register()
@@ -31,7 +32,7 @@ def python_is_patched(**_: Any) -> list[CheckMessage]:
         return []
     version = ".".join(map(str, sys.version_info[:3]))
     return [
-        Warning(
+        checks.Warning(
             f"Python {version} lacks security fixes",
             hint=f"Use {sys.version_info[0]}.{sys.version_info[1]}.{floor} or newer in production.",
             id="jobs.W002",

@@ -10,6 +10,6 @@ from django.db.models.functions import Now
 def after(seconds: float) -> Any:
     """SQL expression: the database's time plus `seconds` (may be negative).
 
-    `Now()` is the statement's time on PostgreSQL, not the transaction's, so a long transaction does not see a frozen clock.
+    `Now()` is the statement's time on PostgreSQL, not the transaction's: a long transaction sees no frozen clock.
     """
     return ExpressionWrapper(Now() + Value(timedelta(seconds=seconds)), output_field=DateTimeField())

@@ -1,4 +1,4 @@
-"""The dispatcher: watches the database, rings doorbells, and repairs what crashes left behind. Run one or more; one leads.
+"""The dispatcher: watches the database, rings doorbells, repairs what crashes left behind. Of several, one leads.
 
 Front: `manage.py dispatch`.
 """
@@ -106,7 +106,7 @@ class Dispatcher:
         waiting = waiting_by_kind()
         if not waiting:
             return {}
-        children = {queue: 0 for queue in QUEUES.values()}
+        children = dict.fromkeys(QUEUES.values(), 0)
         for queues in live_workers().values_list("queues", flat=True):
             for queue in queues:
                 if queue in children:

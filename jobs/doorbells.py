@@ -27,7 +27,7 @@ def task_name(kind: JobKind) -> str:
 
 
 class Doorbells:
-    """Keeps the number of doorbells of each kind at the wanted level. Survives a broker that is gone, frozen or emptied."""
+    """Keeps as many doorbells of each kind as wanted. Survives a broker that is gone, frozen or emptied."""
 
     def __init__(self, app: Celery | None = None) -> None:
         self._app = app or current_app._get_current_object()

@@ -23,7 +23,7 @@ from jobs.worker_context import current
 logger = logging.getLogger(__name__)
 
 STORE_RETRY_SECONDS = 30.0
-"""Delay before a job whose results could not be stored is tried again, times the attempts so far, at most ten minutes."""
+"""Delay before results that could not be stored are tried again, times the attempts so far, at most 10 minutes."""
 
 
 class JobWork(Protocol):
@@ -85,7 +85,7 @@ def run(hold: Hold, start: Callable[[Hold], JobWork]) -> None:
             lifecycle.job_fail(job_id=job_id, token=token, code=error.code, message=str(error))
         except DatabaseError:
             raise
-        except Exception as error:  # noqa: BLE001 - the one boundary where a surprise becomes a recorded failure
+        except Exception as error:
             if isinstance(error, Fenced):
                 raise
             logger.exception("job failed id=%s code=internal", job_id)

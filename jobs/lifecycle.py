@@ -1,6 +1,7 @@
 """The only writer of job states: guarded updates with a fencing token, an event in the same transaction.
 
-A worker's write names the token that its claim returned; when the row does not match, the attempt is fenced and `LeaseLost` is raised.
+A worker's write names the token that its claim returned; when the row does not match, the attempt is fenced and
+`LeaseLost` is raised.
 """
 
 import logging
@@ -131,7 +132,7 @@ def job_uploading(*, job_id: UUID, token: int) -> None:
 
 
 def job_succeed(*, job_id: UUID, token: int) -> None:
-    """UPLOADING → SUCCEEDED. Call inside the transaction that makes the results visible. Raises LeaseLost when fenced."""
+    """UPLOADING → SUCCEEDED, inside the transaction that makes the results visible. Raises LeaseLost when fenced."""
     _change(job_id, JobState.SUCCEEDED, token=token, reason="results are visible", stage="")
     _close_attempt(job_id, token, AttemptOutcome.SUCCEEDED, "")
 
@@ -152,7 +153,7 @@ def job_fail(*, job_id: UUID, token: int, code: str, message: str, traceback: st
 
 
 def job_release(*, job_id: UUID, token: int, reason: str, delay_seconds: float = 0.0) -> None:
-    """RUNNING or UPLOADING → QUEUED on the worker's own wish; neither a loss nor a failure. Raises LeaseLost when fenced."""
+    """RUNNING or UPLOADING → QUEUED on the worker's own wish: no loss, no failure. Raises LeaseLost when fenced."""
     with transaction.atomic():
         _change(
             job_id,
@@ -175,7 +176,8 @@ def job_cancelled(*, job_id: UUID, token: int) -> None:
 def job_cancel(*, job: Job) -> JobState:
     """Somebody wants the job gone. Returns the state afterwards.
 
-    Queued jobs end at once, with or without workers; held ones stop at their next step, or at lease expiry if the worker is dead.
+    Queued jobs end at once, with or without workers; held ones stop at their next step, or at lease expiry if the
+    worker is dead.
 
     Raises:
         Conflict: The job has ended already.

@@ -1,4 +1,4 @@
-"""This machine's cache of stored files, shared by all its processes, and the one way in which a worker reads artifacts."""
+"""This machine's cache of stored files, shared by all its processes; the one way in which a worker reads artifacts."""
 
 from functools import lru_cache
 from pathlib import Path

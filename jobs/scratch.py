@@ -1,4 +1,4 @@
-"""Local folders of a running attempt. One per token, so that a frozen attempt that wakes up cannot touch its successor's files."""
+"""Local folders of a running attempt, one per token: a frozen attempt that wakes up cannot touch its successor's."""
 
 import shutil
 from pathlib import Path

@@ -77,7 +77,7 @@ def job_submit(
 def _same_request(job: Job, request_hash: str) -> Job:
     if job.request_hash != request_hash:
         raise IdempotencyMismatch(
-            f"Idempotency-Key {job.idempotency_key!r} was already used for another request (job {job.pk}); use a new key"
+            f"Idempotency-Key {job.idempotency_key!r} was used for another request (job {job.pk}); use a new key"
         )
     return job
 
@@ -135,8 +135,8 @@ def training_submit(
     wrong = [i for i in (dataset_version.manifest or {})["images"] if i["width"] % step or i["height"] % step]
     if wrong:
         raise InvalidInput(
-            f"{len(wrong)} pictures of {dataset_version} do not fit base model {base_model.name!r}: sides must be multiples of "
-            f"{step} px, {wrong[0]['name']!r} is {wrong[0]['width']}x{wrong[0]['height']}. "
+            f"{len(wrong)} pictures of {dataset_version} do not fit base model {base_model.name!r}: sides must be "
+            f"multiples of {step} px, {wrong[0]['name']!r} is {wrong[0]['width']}x{wrong[0]['height']}. "
             f"Preprocess again with bucket_step_px={step}"
         )
     other = owner.loras.filter(name=lora_name).exclude(base_model=base_model).first()
@@ -190,7 +190,8 @@ def generation_submit(
     step = facts.bucket_step_px
     if config.width % step or config.height % step:
         raise InvalidInput(
-            f"{config.width}x{config.height} does not fit base model {base_model.name!r}: both sides must be multiples of {step} px"
+            f"{config.width}x{config.height} does not fit base model {base_model.name!r}: "
+            f"both sides must be multiples of {step} px"
         )
     _check_clip_skip(config.clip_skip, base_model)
     for version, _ in loras:

@@ -1,4 +1,4 @@
-"""The Celery tasks: one per job kind, without arguments. Together with `lorasite/celery.py` the only importer of `gpu_worker`.
+"""The Celery tasks: one per job kind, without arguments. With `lorasite/celery.py` the only importer of `gpu_worker`.
 
 The imports stand inside the bodies so that the web tier and a cpu worker never load torch.
 """

@@ -1,6 +1,7 @@
 """The Celery app and the life of a worker: what its parent does before the fork, and its children after it.
 
-Celery carries doorbells only; jobs, retries, results and priorities live in the database, so their Celery features are off.
+Celery carries doorbells only; jobs, retries, results and priorities live in the database, so their Celery features
+are off.
 """
 
 import os
@@ -68,7 +69,7 @@ def _keep_our_logging(**_: Any) -> None:
 
 @signals.celeryd_init.connect
 def _before_the_pool(conf: Any, options: dict[str, Any], **_: Any) -> None:
-    """Parent: choose the number of children, import the heavy libraries once. No CUDA, no threads, no database connection."""
+    """Parent: choose the number of children, import the heavy libraries once. No CUDA, no threads, no connection."""
     global _selected_queues, _shutdown
     from jobs.worker_context import ShutdownFlag
 
@@ -81,8 +82,6 @@ def _before_the_pool(conf: Any, options: dict[str, Any], **_: Any) -> None:
             conf.worker_concurrency = max(1, len(_gpu_devices()))
         # A parent that has started an OpenMP pool can hang its children.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        import gpu_worker.generation
-        import gpu_worker.training  # noqa: F401 - imported for the fork: children start in milliseconds
 
 
 @signals.worker_shutting_down.connect

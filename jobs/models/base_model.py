@@ -16,8 +16,8 @@ class BaseModelQuerySet(models.QuerySet["BaseModel"]):
 class BaseModel(models.Model):
     """A diffusion base (SD 1.x for now): where it came from and the facts of its prepared form.
 
-    Registered by operators only. `files` maps each prepared file's relative path to its SHA-256 in the store, so that any node can
-    rebuild the prepared folder. Empty `fingerprint`: not prepared yet.
+    Registered by operators only. `files` maps each prepared file's relative path to its SHA-256 in the store, so that
+    any node can rebuild the prepared folder. Empty `fingerprint`: not prepared yet.
     """
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)

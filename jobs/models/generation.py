@@ -35,7 +35,7 @@ class GenerationLora(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.lora_version} × {self.weight}"
+        return f"{self.lora_version} at {self.weight:g}"
 
 
 class GeneratedImage(OwnedRecord):

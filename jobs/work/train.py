@@ -1,4 +1,4 @@
-"""A train job: a frozen dataset version in, a LoRA version out; checkpoints are stored on the way so that any node can go on."""
+"""A train job: a frozen dataset version in, a LoRA version out. Checkpoints are stored, so that any node can go on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +74,7 @@ class TrainWork:
                 "trigger_word": (run.dataset_version.manifest or {})["config"]["trigger_word"],
             },
         )
-        # The row lock makes the next number ours on databases that have one; SQLite writes one transaction at a time anyway.
+        # The row lock makes the next number ours; SQLite writes one transaction at a time anyway.
         Lora.objects.select_for_update().get(pk=lora.pk)
         newest = lora.versions.aggregate(Max("number"))["number__max"] or 0
         LoraVersion.objects.create(

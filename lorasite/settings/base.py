@@ -4,7 +4,7 @@ from typing import Any
 
 import dj_database_url
 
-from lorasite.environment import REPOSITORY, Environment
+from lorasite.environment import Environment
 from lorasite.logging import logging_settings
 from lorasite.settings.admin_site import UNFOLD as UNFOLD
 
@@ -63,7 +63,7 @@ if ENVIRONMENT.database_url:
 else:
     DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": DATA / "lorasite.sqlite3"}}
 if "sqlite" in DATABASES["default"]["ENGINE"]:
-    # IMMEDIATE takes the write lock at BEGIN, so two writers wait for each other instead of failing with "database is locked".
+    # IMMEDIATE takes the write lock at BEGIN: two writers wait for each other instead of failing as "locked".
     DATABASES["default"]["OPTIONS"] = {
         "transaction_mode": "IMMEDIATE",
         "timeout": 20,
