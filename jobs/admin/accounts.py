@@ -8,7 +8,6 @@ from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.contrib.auth.models import Group
 from django.db.models import QuerySet
 from django.db.models.functions import Now
-from django.forms import ModelForm
 from django.http import HttpRequest
 from django.utils import timezone
 from unfold.admin import ModelAdmin
@@ -71,7 +70,7 @@ class ApiKeyAdmin(ModelAdmin):
             return "expired"
         return "usable" if key.user.is_active else "person inactive"
 
-    def save_model(self, request: HttpRequest, obj: ApiKey, form: ModelForm[ApiKey], change: bool) -> None:
+    def save_model(self, request: HttpRequest, obj: ApiKey, form: Any, change: bool) -> None:
         """Adding issues the key and shows it once; changing touches name and date only."""
         if change:
             super().save_model(request, obj, form, change)

@@ -1,8 +1,9 @@
 """Base models in the admin: registering one submits its preparation."""
 
+from typing import Any
+
 from django.contrib import admin, messages
 from django.db.models import QuerySet
-from django.forms import ModelForm
 from django.http import HttpRequest
 from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
@@ -51,13 +52,13 @@ class BaseModelAdmin(ModelAdmin):
     @display(description="Family")
     def family(self, base: BaseModel) -> str:
         """Model family once known."""
-        return str(base.facts.get("family", "–"))
+        return str(base.facts.get("family", "-"))
 
     @display(description="Native size")
     def native_size(self, base: BaseModel) -> str:
         """Side in pixels once known."""
         size = base.facts.get("native_size_px")
-        return f"{size} px" if size else "–"
+        return f"{size} px" if size else "-"
 
     @display(description="Facts")
     def shown_facts(self, base: BaseModel) -> str | SafeString:
@@ -69,7 +70,7 @@ class BaseModelAdmin(ModelAdmin):
         """How many files a worker fetches."""
         return len(base.files)
 
-    def save_model(self, request: HttpRequest, obj: BaseModel, form: ModelForm[BaseModel], change: bool) -> None:
+    def save_model(self, request: HttpRequest, obj: BaseModel, form: Any, change: bool) -> None:
         """Adding registers the base and submits its preparation."""
         super().save_model(request, obj, form, change)
         if not change:

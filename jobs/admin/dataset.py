@@ -28,7 +28,7 @@ class DatasetImageInline(ReadOnlyInline):
     @display(description="Size")
     def size(self, image: DatasetImage) -> str:
         """Width x height in pixels."""
-        return f"{image.width} × {image.height}"
+        return f"{image.width} x {image.height}"
 
 
 class DatasetVersionInline(ReadOnlyInline):
@@ -95,7 +95,7 @@ class DatasetImageAdmin(PictureAdminMixin, ModelAdmin):
     @display(description="Pixels")
     def size(self, image: DatasetImage) -> str:
         """Width x height."""
-        return f"{image.width} × {image.height}"
+        return f"{image.width} x {image.height}"
 
     @display(description="File size", ordering="size_bytes")
     def file_size(self, image: DatasetImage) -> str:

@@ -125,7 +125,7 @@ class GeneratedImageAdmin(PictureAdminMixin, ModelAdmin):
     @display(description="Pixels")
     def pixels(self, image: GeneratedImage) -> str:
         """Width x height."""
-        return f"{image.width} × {image.height}"
+        return f"{image.width} x {image.height}"
 
     @display(description="File size", ordering="size_bytes")
     def file_size(self, image: GeneratedImage) -> str:

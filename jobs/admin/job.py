@@ -115,7 +115,7 @@ class JobAdmin(ReadOnlyAdmin):
     @display(description="Progress")
     def progress(self, job: Job) -> str | SafeString:
         """A bar with the stage, the percentage and the steps."""
-        wish = " – asked to stop" if job.cancel_requested_at is not None and job.state in ACTIVE else ""
+        wish = " - asked to stop" if job.cancel_requested_at is not None and job.state in ACTIVE else ""
         return render_to_string(
             "jobs/admin/progress.html", {"job": job, "percent": job.progress_percent, "stage": job.stage + wish}
         )
@@ -123,13 +123,13 @@ class JobAdmin(ReadOnlyAdmin):
     @display(description="Figures")
     def figures_line(self, job: Job) -> str:
         """Newest loss, speed and the like."""
-        return ", ".join(f"{name} {_short(value)}" for name, value in job.figures.items()) or "–"
+        return ", ".join(f"{name} {_short(value)}" for name, value in job.figures.items()) or "-"
 
     @display(description="Error")
     def error(self, job: Job) -> str | SafeString:
         """The code and the sentence that the person sees."""
         if not job.error_code:
-            return "–"
+            return "-"
         return format_html('<span class="lrs-error"><b>{}</b> {}</span>', job.error_code, job.error_message)
 
     @display(description="Result")
@@ -141,7 +141,7 @@ class JobAdmin(ReadOnlyAdmin):
     def took(self, job: Job) -> str:
         """From the first claim to the end."""
         if job.started_at is None or job.finished_at is None:
-            return "–"
+            return "-"
         seconds = (job.finished_at - job.started_at).total_seconds()
         return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
@@ -163,7 +163,7 @@ class JobAdmin(ReadOnlyAdmin):
     @display(description="Traceback")
     def shown_traceback(self, job: Job) -> str | SafeString:
         """For staff only; the API never shows it."""
-        return format_html('<pre class="lrs-json">{}</pre>', job.error_traceback) if job.error_traceback else "–"
+        return format_html('<pre class="lrs-json">{}</pre>', job.error_traceback) if job.error_traceback else "-"
 
     @action(description="Cancel selected jobs", permissions=["operate"])
     def cancel_selected(self, request: HttpRequest, queryset: QuerySet[Job]) -> None:
@@ -184,7 +184,7 @@ class JobAdmin(ReadOnlyAdmin):
         variant=ActionVariant.DANGER,
         dialog={
             "title": "Stop this job?",
-            "description": "A waiting job ends at once; a running one stops at its next step. What it computed is dropped.",
+            "description": "A waiting job ends at once; a running one stops at its next step and drops what it has.",
             "form_class": BaseDialogForm,
             "form_submit_text": "Stop it",
         },
@@ -201,7 +201,7 @@ class JobAdmin(ReadOnlyAdmin):
         icon="replay",
         dialog={
             "title": "Try this again?",
-            "description": "A new job with the same specification is submitted for the same person. This one stays as it is.",
+            "description": "A new job with the same specification is submitted for the same person. This one stays.",
             "form_class": BaseDialogForm,
             "form_submit_text": "Submit",
         },
@@ -211,7 +211,7 @@ class JobAdmin(ReadOnlyAdmin):
         job = Job.objects.get(pk=object_id)
         return leave_dialog(request, admin_url(self._retry(request, job) or job))
 
-    def get_actions_detail(self, request: HttpRequest, object_id: int) -> list[Any]:
+    def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
         """Only the button that makes sense in the job's state."""
         state = Job.objects.filter(pk=object_id).values_list("state", flat=True).first()
         sensible = {"cancel": state in ACTIVE, "retry": state in RETRYABLE}

@@ -88,7 +88,7 @@ class LoraVersionAdmin(ReadOnlyAdmin):
     @display(description="Rank")
     def rank(self, version: LoraVersion) -> str:
         """From the training's facts."""
-        return str(version.facts.get("rank", "–"))
+        return str(version.facts.get("rank", "-"))
 
     @display(description="File size", ordering="kohya_size_bytes")
     def file_size(self, version: LoraVersion) -> str:

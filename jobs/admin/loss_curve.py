@@ -1,4 +1,4 @@
-"""A training's loss as an inline SVG, drawn here and by a template: no script, nothing fetched. Used by the training admin."""
+"""A training's loss as an inline SVG, drawn here and by a template: no script, nothing fetched."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

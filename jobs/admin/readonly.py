@@ -77,7 +77,7 @@ def admin_url(record: Model) -> str:
 def record_link(record: Model | None, text: str = "") -> str | SafeString:
     """A link to a record's page, or a dash."""
     if record is None:
-        return "–"
+        return "-"
     return format_html('<a class="lrs-link" href="{}">{}</a>', admin_url(record), text or str(record))
 
 

@@ -61,7 +61,8 @@ def _reduced_png(content: bytes) -> bytes:
 def thumbnail(thumbnail_url: str, picture_url: str, title: str) -> SafeString:
     """A small picture that links to the whole one."""
     return format_html(
-        '<a href="{}" target="_blank" rel="noopener"><img class="lrs-thumbnail" src="{}" alt="{}" title="{}" loading="lazy"></a>',
+        '<a href="{}" target="_blank" rel="noopener">'
+        '<img class="lrs-thumbnail" src="{}" alt="{}" title="{}" loading="lazy"></a>',
         picture_url,
         thumbnail_url,
         title,

@@ -77,7 +77,7 @@ class TrainingRunAdmin(ReadOnlyAdmin):
     def loss(self, run: TrainingRun) -> str:
         """The newest that the worker told."""
         newest = run.job.figures.get("loss")
-        return f"{newest:.4g}" if isinstance(newest, int | float) else "–"
+        return f"{newest:.4g}" if isinstance(newest, int | float) else "-"
 
     @display(description="LoRA")
     def result(self, run: TrainingRun) -> str | SafeString:

@@ -140,7 +140,7 @@ SPECTACULAR_SETTINGS = {
 }
 
 # Read by jobs/; all durations in seconds.
-LORASITE = {
+LORASITE: dict[str, Any] = {
     "DATA": DATA,
     "LEASE_SECONDS": ENVIRONMENT.lease_seconds,
     "HEARTBEAT_SECONDS": ENVIRONMENT.heartbeat_seconds,
