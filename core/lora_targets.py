@@ -9,6 +9,7 @@ from core.errors import LoraFileError
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 PROJECTIONS = ("proj_in", "proj_out")
+BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv")
 
 
@@ -17,7 +18,8 @@ def target_modules(unet: nn.Module, preset: TargetPreset) -> list[str]:
 
     - attention: queries, keys, values and outputs of self- and cross-attention (128 modules in SD 1.5).
     - attention_ff: plus the feed-forward layers (160).
-    - all_linear: every linear layer, time embeddings included; 1x1 convolutions used as projections are not linear.
+    - all_linear: every linear layer of the blocks, their time projections included; not the embeddings before the
+      blocks, which other tools cannot name.
     - with_conv: attention_ff plus the projections around each transformer and all convolutions of residual blocks and
       of down- and upsamplers.
 
@@ -31,15 +33,15 @@ def target_modules(unet: nn.Module, preset: TargetPreset) -> list[str]:
     words = {
         "attention": ATTENTION,
         "attention_ff": ATTENTION + FEED_FORWARD,
-        "all_linear": (),
+        "all_linear": (),  # by type instead
         "with_conv": ATTENTION + FEED_FORWARD + PROJECTIONS + CONVOLUTIONS,
     }[preset]
     endings = tuple("." + word for word in words)
     names = [
         name
         for name, module in unet.named_modules()
-        if (isinstance(module, nn.Linear) if preset == "all_linear" else isinstance(module, nn.Linear | nn.Conv2d))
-        and (preset == "all_linear" or name.endswith(endings))
+        if name.startswith(BLOCKS) and isinstance(module, nn.Linear | nn.Conv2d)
+        if (isinstance(module, nn.Linear) if preset == "all_linear" else name.endswith(endings))
     ]
     if not names:
         raise LoraFileError(f"this UNet has no modules of the preset {preset}: choose another one")

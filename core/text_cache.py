@@ -1,0 +1,46 @@
+"""Text embeddings of all captions of a training, computed once, so that the loop needs no text encoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.pipelines import LoadedBase
+from core.progress import Progress, Report, silent
+from core.text_encoding import encode_prompts
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextCache:
+    """Embeddings by caption.
+
+    Attributes:
+        rows: Row of each caption in `embeddings`; "" is always there, for caption dropout.
+        embeddings: (captions, tokens, dim) on the training device.
+    """
+
+    rows: dict[str, int]
+    embeddings: Tensor
+
+    def lookup(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings (n, tokens, dim) of n captions."""
+        return self.embeddings[[self.rows[caption] for caption in captions]]
+
+    @property
+    def byte_count(self) -> int:
+        """Memory held."""
+        return self.embeddings.numel() * self.embeddings.element_size()
+
+
+def cache_texts(base: LoadedBase, captions: Sequence[str], clip_skip: int | None, report: Report = silent) -> TextCache:
+    """Encode each different caption once, and the empty one.
+
+    One at a time: a batch of another size may round differently, and a resumed run has to see the same bits.
+    """
+    unique = sorted({"", *captions})
+    rows = []
+    for done, caption in enumerate(unique, start=1):
+        rows.append(encode_prompts(base, [caption], clip_skip).embeddings)  # (1, tokens, dim)
+        report(Progress(stage="encoding captions", step=done, total=len(unique)))
+    return TextCache(rows={caption: row for row, caption in enumerate(unique)}, embeddings=torch.cat(rows))
