@@ -1,0 +1,41 @@
+"""Fixtures of the lifecycle tests: one person, one worker, jobs without request rows."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.utils import timezone
+
+from jobs.models import Job, User, WorkerProcess
+from jobs.status import JobKind
+from jobs.submission import job_submit
+from jobs.workers import worker_register
+
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture
+def person(db: None) -> User:
+    return User.objects.create_user("lifecycle-person")
+
+
+@pytest.fixture
+def worker(db: None) -> WorkerProcess:
+    return worker_register(queues=["gpu"], device="cpu")
+
+
+@pytest.fixture
+def make_job(person: User) -> MakeJob:
+    """Submits a generate job; keyword arguments go to `job_submit`."""
+
+    def make(**values: Any) -> Job:
+        values = {"owner": person, "kind": JobKind.GENERATE, "spec": {}, "attach": lambda job: None} | values
+        return job_submit(**values)
+
+    return make
+
+
+def expire_lease(job: Job) -> None:
+    """As if the worker had been silent for longer than its lease."""
+    Job.objects.filter(pk=job.pk).update(lease_until=timezone.now() - timedelta(seconds=5))
