@@ -8,6 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
+
 from core.base_facts import BaseFacts
 from core.errors import BaseModelError, ConfigError
 
@@ -56,6 +59,23 @@ def hash_file(path: Path) -> str:
     """SHA-256 (64 hex digits) of a file's bytes; about 1 s per GB."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch_source(name: str) -> Path:
+    """The local folder of a base model: a path as it is, or a Hugging Face id, downloaded into the hub's cache.
+
+    Raises:
+        BaseModelError: Neither a folder here nor a model that can be downloaded.
+    """
+    if Path(name).exists():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise BaseModelError(f"{name} does not exist: give a pipeline folder, or a hub id such as owner/model")
+    try:
+        # Pickles and code are not even downloaded.
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise BaseModelError(f"{name} is no folder here and cannot be downloaded ({error})") from error
 
 
 def check_source(source: Path) -> None:

@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.base_source import hash_file
+from core.base_source import fetch_source, hash_file
 from core.command_line import ProgressBar, add_config_options, parser, read_config, run_command
 from core.config import GenerateConfig
 from core.errors import ConfigError
 from core.image_files import infotext, save_png
 from core.lora_utils import apply_lora
 from core.pipelines import LoadedBase, load_base, pick_device
-from core.prepared_base import DEFAULT_CACHE_FOLDER, ensure_prepared, fetch_source
+from core.prepared_base import DEFAULT_CACHE_FOLDER, ensure_prepared
 from core.progress import Progress, Report, silent
 from core.randomness import generator
 from core.samplers import make_scheduler

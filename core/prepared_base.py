@@ -16,10 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModel
 
@@ -28,6 +26,7 @@ from core.base_source import (
     OVERRIDES_NAME,
     WEIGHT_STEMS,
     check_source,
+    fetch_source,
     find_weights,
     hash_file,
     input_files,
@@ -73,7 +72,7 @@ class PreparedBase:
 
 
 def prepare_base(source: Path, destination: Path, *, report: Report = silent) -> PreparedBase:
-    """Convert a diffusers SD 1.x pipeline folder. Complete or absent: written beside, then renamed.
+    """Convert a diffusers SD 1.x pipeline folder, unless that is done. It appears complete or not at all.
 
     Args:
         source: The folder, weights in safetensors.
@@ -91,6 +90,8 @@ def prepare_base(source: Path, destination: Path, *, report: Report = silent) ->
     facts = read_facts(source)
     inputs = _inputs(source)
     fingerprint = canonical_json_hash(inputs)
+    if ready := _ready(destination, fingerprint):
+        return ready
     if destination.exists() and not is_prepared(destination) and any(destination.iterdir()):
         raise BaseModelError(f"{destination} holds other files: choose a new or empty folder")
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +103,9 @@ def prepare_base(source: Path, destination: Path, *, report: Report = silent) ->
         manifest = {"format": FORMAT, "facts": facts.dump(), "fingerprint": fingerprint, "inputs": inputs}
         _write_json(partial / MANIFEST_NAME, manifest | {"files": files, "sizes_bytes": sizes})
         partial.chmod(0o755)  # mkdtemp makes it readable by this user alone
+        # Another process may have been quicker; what it put there may be in use already.
+        if ready := _ready(destination, fingerprint):
+            return ready
         _put_in_place(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -159,13 +163,7 @@ def ensure_prepared(source: Path, cache_folder: Path, *, report: Report = silent
     if is_prepared(source):
         return open_prepared(source)
     check_source(source)
-    folder = cache_folder / canonical_json_hash(_inputs(source))
-    if is_prepared(folder):
-        try:
-            return open_prepared(folder)
-        except BaseModelError as error:
-            logger.warning("prepared base is prepared again folder=%s reason=%s", folder.name[:12], error)
-    return prepare_base(source, folder, report=report)
+    return prepare_base(source, cache_folder / canonical_json_hash(_inputs(source)), report=report)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -173,21 +171,16 @@ def is_prepared(folder: Path) -> bool:
     return (folder / MANIFEST_NAME).is_file() and (folder / "model_index.json").is_file()
 
 
-def fetch_source(name: str) -> Path:
-    """The local folder of a base model: a path as it is, or a Hugging Face id, downloaded into the hub's cache.
-
-    Raises:
-        BaseModelError: Neither a folder here nor a model that can be downloaded.
-    """
-    if Path(name).exists():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise BaseModelError(f"{name} does not exist: give a pipeline folder, or a hub id such as owner/model")
+def _ready(folder: Path, fingerprint: str) -> PreparedBase | None:
+    """The base at `folder` if it is valid and of this fingerprint, None where it must be prepared."""
+    if not is_prepared(folder):
+        return None
     try:
-        # Pickles and code are not even downloaded.
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise BaseModelError(f"{name} is no folder here and cannot be downloaded ({error})") from error
+        prepared = open_prepared(folder)
+    except BaseModelError as error:
+        logger.warning("base is prepared again folder=%s reason=%s", folder.name, error)
+        return None
+    return prepared if prepared.fingerprint == fingerprint else None
 
 
 def _environment() -> dict[str, Any]:

@@ -86,8 +86,8 @@ def test_a_seed_gives_the_same_picture_alone_and_among_others(tiny_base: LoadedB
 
     assert np.abs(four[2] - alone[0]).max() <= 1
     assert np.abs(four[1] - four[2]).max() > 3
-    # Ancestral noise lets rounding grow a little; every other sampler stays within 1e-5 of values around 1.
-    assert torch.allclose(latents_of_four[2], latents_alone[0], rtol=1e-4, atol=1e-5)
+    # Random weights give latents of a standard deviation near 8, so rounding is measured against that.
+    assert (latents_of_four[2] - latents_alone[0]).abs().max() <= 1e-5 * latents_alone.std()
 
 
 def test_more_pictures_than_fit_a_forward_are_drawn_in_order_and_counted_as_one_work(tiny_base: LoadedBase) -> None:
