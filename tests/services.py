@@ -105,7 +105,10 @@ def postgres(folder: Path) -> Iterator[str]:
     ready = [str(binaries / "pg_isready"), "-h", "127.0.0.1", "-p", str(port), "-U", "studio", "-d", "postgres"]
     with running(server, log):
         wait_until(
-            lambda: subprocess.run(ready, capture_output=True).returncode == 0, "PostgreSQL is ready", seconds=30, log=log
+            lambda: subprocess.run(ready, capture_output=True).returncode == 0,
+            "PostgreSQL is ready",
+            seconds=30,
+            log=log,
         )
         yield f"postgres://studio@127.0.0.1:{port}/postgres"
 

@@ -103,7 +103,9 @@ class Stack:
     def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
         """JSON in, JSON out. Raises ApiError for 4xx and 5xx."""
         data = None if body is None else json.dumps(body).encode()
-        return json.loads(self.raw(method, path, data, {"Content-Type": "application/json", **(headers or {})}) or b"null")
+        return json.loads(
+            self.raw(method, path, data, {"Content-Type": "application/json", **(headers or {})}) or b"null"
+        )
 
     def raw(self, method: str, path: str, data: bytes | None = None, headers: dict[str, str] | None = None) -> bytes:
         """Bytes in, bytes out."""
@@ -140,7 +142,9 @@ class Stack:
             job = self.call("GET", f"/api/v1/jobs/{job['id']}/")
             if job["state"] == state:
                 return job
-            assert job["state"] in ("queued", "running", "uploading"), f"the job ended as {job['state']}: {job['error']}"
+            assert job["state"] in ("queued", "running", "uploading"), (
+                f"the job ended as {job['state']}: {job['error']}"
+            )
             time.sleep(0.2)
         logs = "\n".join(f"== {n}\n{self.log(n).read_text(errors='replace')[-2500:]}" for n in self.processes)
         raise AssertionError(f"waited {seconds:g} s for {state}: {job}\n{logs}")

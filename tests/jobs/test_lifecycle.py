@@ -33,7 +33,9 @@ def history(job: Job) -> list[str]:
     return [event.new_state for event in job.events.all()]
 
 
-def test_a_job_runs_from_queued_to_succeeded_and_every_step_is_an_event(make_job: MakeJob, worker: WorkerProcess) -> None:
+def test_a_job_runs_from_queued_to_succeeded_and_every_step_is_an_event(
+    make_job: MakeJob, worker: WorkerProcess
+) -> None:
     job = make_job()
     taken = claim(worker)
     assert taken.job.pk == job.pk
@@ -52,7 +54,9 @@ def test_a_job_runs_from_queued_to_succeeded_and_every_step_is_an_event(make_job
 def test_a_failure_keeps_code_sentence_and_traceback(make_job: MakeJob, worker: WorkerProcess) -> None:
     job = make_job()
     taken = claim(worker)
-    lifecycle.job_fail(job_id=job.pk, token=taken.token, code="nan", message="The loss is not a number.", traceback="tb")
+    lifecycle.job_fail(
+        job_id=job.pk, token=taken.token, code="nan", message="The loss is not a number.", traceback="tb"
+    )
     job.refresh_from_db()
     assert (job.state, job.error_code, job.error_message, job.error_traceback) == (
         JobState.FAILED,
@@ -123,7 +127,9 @@ def test_a_running_job_learns_of_the_cancel_by_its_heartbeat(make_job: MakeJob, 
     assert job.state == JobState.CANCELLED
 
 
-def test_a_cancelled_job_of_a_dead_worker_ends_when_its_lease_runs_out(make_job: MakeJob, worker: WorkerProcess) -> None:
+def test_a_cancelled_job_of_a_dead_worker_ends_when_its_lease_runs_out(
+    make_job: MakeJob, worker: WorkerProcess
+) -> None:
     job = make_job()
     claim(worker)
     lifecycle.job_cancel(job=job)

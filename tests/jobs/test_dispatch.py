@@ -1,0 +1,167 @@
+"""The dispatcher against a real Valkey server: rings what is needed, not more, and outlives its broker."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from celery import Celery
+from kombu import Queue
+
+from jobs.dispatch import Dispatcher, leader_age_seconds
+from jobs.doorbells import Doorbells
+from jobs.models import Job, LeaderLease, WorkerProcess
+from jobs.status import JobKind, JobState
+from jobs.workers import worker_register
+from tests.jobs.conftest import MakeJob, expire_lease
+from tests.services import valkey
+
+
+@pytest.fixture(scope="module")
+def broker_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with valkey(tmp_path_factory.mktemp("valkey")) as url:
+        yield url
+
+
+@pytest.fixture
+def broker(broker_url: str) -> redis.Redis:
+    client = redis.Redis.from_url(broker_url)
+    client.flushall()
+    return client
+
+
+@pytest.fixture
+def dispatcher(broker: redis.Redis, broker_url: str) -> Dispatcher:
+    return Dispatcher(Doorbells(app_for(broker_url)))
+
+
+def app_for(url: str) -> Celery:
+    app = Celery("test", broker=url, set_as_current=False)
+    app.conf.update(
+        broker_transport_options={"global_keyprefix": "lorasite:", "socket_timeout": 1},
+        broker_connection_timeout=1,
+        task_queues=[Queue("gpu"), Queue("cpu")],
+        task_create_missing_queues=False,
+    )
+    return app
+
+
+def lying(broker: redis.Redis, queue: str) -> list[str]:
+    return [json.loads(message)["headers"]["task"] for message in broker.lrange(f"lorasite:{queue}", 0, -1)]
+
+
+def test_nothing_is_rung_without_workers(dispatcher: Dispatcher, broker: redis.Redis, make_job: MakeJob) -> None:
+    make_job()
+    dispatcher.tick()
+    assert lying(broker, "gpu") == []
+
+
+def test_each_kind_that_waits_is_rung_on_its_queue(
+    dispatcher: Dispatcher, broker: redis.Redis, make_job: MakeJob
+) -> None:
+    worker_register(queues=["gpu", "cpu"], device="cpu")
+    make_job(kind=JobKind.TRAIN)
+    make_job(kind=JobKind.PREPROCESS)
+    dispatcher.tick()
+    assert lying(broker, "gpu") == ["jobs.tasks.train"]
+    assert lying(broker, "cpu") == ["jobs.tasks.preprocess"]
+
+
+def test_a_hundred_waiting_jobs_do_not_flood_the_broker(
+    dispatcher: Dispatcher, broker: redis.Redis, make_job: MakeJob
+) -> None:
+    worker_register(queues=["gpu"], device="cpu")
+    for _ in range(100):
+        make_job()
+    for _ in range(5):
+        dispatcher.tick()
+    assert len(lying(broker, "gpu")) == 2
+
+
+def test_a_doorbell_has_no_arguments(dispatcher: Dispatcher, broker: redis.Redis, make_job: MakeJob) -> None:
+    worker_register(queues=["gpu"], device="cpu")
+    make_job()
+    dispatcher.tick()
+    message = json.loads(broker.lrange("lorasite:gpu", 0, 0)[0])
+    assert message["headers"]["argsrepr"] == "()"
+    assert message["headers"]["kwargsrepr"] == "{}"
+
+
+def test_an_emptied_broker_is_rung_again(dispatcher: Dispatcher, broker: redis.Redis, make_job: MakeJob) -> None:
+    worker_register(queues=["gpu"], device="cpu")
+    make_job()
+    dispatcher.tick()
+    broker.flushall()
+    dispatcher.tick()
+    assert lying(broker, "gpu") == ["jobs.tasks.generate"]
+
+
+def test_foreign_messages_in_the_queue_harm_nothing(
+    dispatcher: Dispatcher, broker: redis.Redis, make_job: MakeJob
+) -> None:
+    worker_register(queues=["gpu"], device="cpu")
+    make_job()
+    broker.lpush("lorasite:gpu", b"\x80\x04not json", b"[]", b'{"headers": 3}')
+    dispatcher.tick()
+    waiting = broker.lrange("lorasite:gpu", 0, -1)
+    assert sum(b"jobs.tasks.generate" in message for message in waiting) == 1
+
+
+def test_the_dispatcher_outlives_a_broker_that_is_not_there(make_job: MakeJob) -> None:
+    worker_register(queues=["gpu"], device="cpu")
+    job = make_job()
+    dispatcher = Dispatcher(Doorbells(app_for("redis://127.0.0.1:1/0")))
+    started = time.monotonic()
+    dispatcher.tick()
+    dispatcher.tick()
+    assert time.monotonic() - started < 20
+    job.refresh_from_db()
+    assert job.state == JobState.QUEUED
+
+
+@pytest.mark.django_db
+def test_a_frozen_broker_does_not_stop_the_sweep(tmp_path: Path, make_job: MakeJob, worker: WorkerProcess) -> None:
+    from jobs import lifecycle
+
+    with valkey(tmp_path / "valkey") as url:
+        server = int(redis.Redis.from_url(url).info("server")["process_id"])
+        dispatcher = Dispatcher(Doorbells(app_for(url)))
+        lost = make_job()
+        claim = lifecycle.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+        assert claim is not None
+        expire_lease(lost)
+        os.kill(server, signal.SIGSTOP)
+        try:
+            dispatcher.tick()
+        finally:
+            os.kill(server, signal.SIGCONT)
+    assert Job.objects.get(pk=lost.pk).state == JobState.QUEUED
+
+
+def test_of_two_dispatchers_one_leads_and_the_other_takes_over(
+    make_job: MakeJob, broker: redis.Redis, broker_url: str
+) -> None:
+    first, second = (Dispatcher(Doorbells(app_for(broker_url))) for _ in range(2))
+    second.holder += "-second"
+    worker_register(queues=["gpu"], device="cpu")
+    first.tick()
+    make_job()
+    second.tick()
+    assert lying(broker, "gpu") == []
+    assert LeaderLease.objects.get().holder == first.holder
+    first.step_down()
+    second._beat_due = 0.0
+    second.tick()
+    assert LeaderLease.objects.get().holder == second.holder
+    assert lying(broker, "gpu") == ["jobs.tasks.generate"]
+
+
+def test_the_age_of_the_last_beat_is_known(dispatcher: Dispatcher, db: None) -> None:
+    assert leader_age_seconds() is None
+    dispatcher.tick()
+    age = leader_age_seconds()
+    assert age is not None and 0 <= age < 5

@@ -1,0 +1,72 @@
+"""The heartbeat: leases stay, progress arrives, wishes come back, and silence stops the work in time."""
+
+from collections.abc import Iterator
+
+import pytest
+from django.conf import settings
+
+from core.errors import Cancelled
+from core.progress import Progress
+from jobs import lifecycle
+from jobs.heartbeat import Fenced, Heartbeat, Hold
+from jobs.models import Job, WorkerProcess
+from jobs.status import JobKind
+from tests.jobs.conftest import MakeJob, expire_lease
+
+
+@pytest.fixture
+def held(make_job: MakeJob, worker: WorkerProcess) -> Iterator[tuple[Heartbeat, Hold]]:
+    make_job()
+    claim = lifecycle.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+    assert claim is not None
+    heartbeat = Heartbeat(worker, warm_bases=lambda: ["abc"])
+    with heartbeat.holding(claim) as hold:
+        yield heartbeat, hold
+
+
+def test_a_beat_renews_the_lease_and_writes_the_newest_progress(held: tuple[Heartbeat, Hold]) -> None:
+    heartbeat, hold = held
+    expire_lease(hold.job)
+    before = Job.objects.get(pk=hold.job.pk).lease_until
+    for step in (1, 2, 3):
+        hold.report(Progress(stage="training", step=step, total=9, figures={"loss": 0.5}))
+    heartbeat.beat()
+    job = Job.objects.get(pk=hold.job.pk)
+    assert job.lease_until > before
+    assert (job.stage, job.progress_step, job.progress_total, job.figures) == ("training", 3, 9, {"loss": 0.5})
+
+
+def test_a_beat_says_that_the_worker_lives_and_what_is_warm(held: tuple[Heartbeat, Hold]) -> None:
+    heartbeat, hold = held
+    worker = hold.job.worker
+    before = WorkerProcess.objects.get(pk=worker.pk).heartbeat_at
+    heartbeat.beat()
+    after = WorkerProcess.objects.get(pk=worker.pk)
+    assert after.heartbeat_at >= before
+    assert after.warm_bases == ["abc"]
+
+
+def test_a_cancel_wish_stops_the_work_at_its_next_step(held: tuple[Heartbeat, Hold]) -> None:
+    heartbeat, hold = held
+    lifecycle.job_cancel(job=hold.job)
+    heartbeat.beat()
+    with pytest.raises(Cancelled):
+        hold.report(Progress(stage="training", step=1, total=9))
+
+
+def test_a_taken_lease_fences_the_work_at_its_next_step(held: tuple[Heartbeat, Hold], worker: WorkerProcess) -> None:
+    heartbeat, hold = held
+    expire_lease(hold.job)
+    assert lifecycle.job_claim(kinds=[JobKind.GENERATE], worker=worker) is not None
+    heartbeat.beat()
+    with pytest.raises(Fenced):
+        hold.report(Progress(stage="training", step=1, total=9))
+
+
+def test_work_that_cannot_renew_stops_before_its_lease_can_have_run_out(
+    held: tuple[Heartbeat, Hold], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, hold = held
+    monkeypatch.setitem(settings.LORASITE, "LEASE_SECONDS", 0.0)
+    with pytest.raises(Fenced):
+        hold.report(Progress(stage="training", step=1, total=9))
