@@ -75,7 +75,9 @@ def fetch_source(name: str) -> Path:
         # Pickles and code are not even downloaded.
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise BaseModelError(f"{name} is no folder here and cannot be downloaded ({error})") from error
+        raise BaseModelError(
+            f"{name} is no folder here and cannot be downloaded ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def check_source(source: Path) -> None:
