@@ -22,7 +22,7 @@ class GenerationLoraInline(ReadOnlyInline):
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[GenerationLora]:
         """With the names that the table shows."""
-        return super().get_queryset(request).select_related("lora_version__lora")
+        return super().get_queryset(request).select_related("lora_version__lora").order_by("id")
 
 
 @admin.register(GenerationRequest)
@@ -39,7 +39,7 @@ class GenerationRequestAdmin(ReadOnlyAdmin):
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[GenerationRequest]:
         """With the number of pictures."""
-        return super().get_queryset(request).select_related("job").annotate(picture_total=Count("images"))
+        return super().get_queryset(request).annotate(picture_total=Count("images"))
 
     @display(description="Prompt")
     def prompt(self, request: GenerationRequest) -> str:

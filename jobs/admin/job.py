@@ -4,7 +4,7 @@ from typing import Any
 
 from django.contrib import admin, messages
 from django.db.models import Model, QuerySet
-from django.http import HttpRequest, HttpResponse
+from django.http import Http404, HttpRequest, HttpResponse
 from django.template.loader import render_to_string
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
@@ -87,14 +87,14 @@ class JobAdmin(ReadOnlyAdmin):
         ("Recovery", {"fields": ["checkpoint_step", "shown_checkpoint", "barren_losses", "shown_traceback"]}),
     ]
     inlines = [JobAttemptInline, JobEventInline]
-    list_select_related = ["owner"]
+    list_select_related = ["owner", "worker"]
     date_hierarchy = "created_at"
     actions = ["cancel_selected", "retry_selected"]
     actions_detail = ["cancel", "retry"]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Job]:
         """Without the heavy columns; a job's page fetches its own."""
-        return super().get_queryset(request).select_related("worker", "base_model").defer(*HEAVY_COLUMNS)
+        return super().get_queryset(request).defer(*HEAVY_COLUMNS)
 
     def has_operate_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         """Who may cancel and retry: staff with the permission to change jobs, though no row is edited by hand."""
@@ -191,7 +191,7 @@ class JobAdmin(ReadOnlyAdmin):
     )
     def cancel(self, request: HttpRequest, form: BaseDialogForm, object_id: str) -> HttpResponse:
         """The button on a job's page."""
-        job = Job.objects.get(pk=object_id)
+        job = self._job_or_404(request, object_id)
         self._cancel(request, job)
         return leave_dialog(request, admin_url(job))
 
@@ -208,18 +208,24 @@ class JobAdmin(ReadOnlyAdmin):
     )
     def retry(self, request: HttpRequest, form: BaseDialogForm, object_id: str) -> HttpResponse:
         """The button on a job's page."""
-        job = Job.objects.get(pk=object_id)
+        job = self._job_or_404(request, object_id)
         return leave_dialog(request, admin_url(self._retry(request, job) or job))
 
     def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
         """Only the button that makes sense in the job's state."""
-        state = Job.objects.filter(pk=object_id).values_list("state", flat=True).first()
-        sensible = {"cancel": state in ACTIVE, "retry": state in RETRYABLE}
+        job = self.get_object(request, object_id)
+        sensible = {"cancel": job and job.state in ACTIVE, "retry": job and job.state in RETRYABLE}
         return [
             offered
             for offered in super().get_actions_detail(request, object_id)
             if sensible[offered.action_name.rsplit("_", 1)[-1]]
         ]
+
+    def _job_or_404(self, request: HttpRequest, object_id: str) -> Job:
+        job = self.get_object(request, object_id)
+        if job is None:
+            raise Http404(f"no job {object_id}")
+        return job
 
     def _cancel(self, request: HttpRequest, job: Job) -> None:
         try:
