@@ -76,7 +76,7 @@ def fetch_source(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise BaseModelError(
-            f"{name} is no folder here and cannot be downloaded ({str(error).splitlines()[0]})"
+            f"{name} is no folder here and cannot be downloaded ({(str(error).splitlines() or [repr(error)])[0]})"
         ) from error
 
 
