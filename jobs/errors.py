@@ -14,6 +14,13 @@ class InvalidInput(JobsError):
     code = "invalid"
 
 
+class NotFound(JobsError):
+    """No such row, or it belongs to somebody else: both look the same."""
+
+    code = "not_found"
+    http_status = 404
+
+
 class NotReady(JobsError):
     """The thing exists, but must be finished or prepared first."""
 

@@ -194,6 +194,8 @@ def generation_submit(
             f"both sides must be multiples of {step} px"
         )
     _check_clip_skip(config.clip_skip, base_model)
+    if len({version.pk for version, _ in loras}) < len(loras):
+        raise InvalidInput("a LoRA version is named twice: name it once, with the sum of its weights")
     for version, _ in loras:
         if version.lora.base_model_id != base_model.pk:
             raise InvalidInput(

@@ -13,3 +13,9 @@ urlpatterns = [
     path("healthz", healthz, name="healthz"),
     path("readyz", readyz, name="readyz"),
 ]
+
+# One JSON shape for every error under /api/, Django's pages elsewhere.
+handler400 = "jobs.api.exception_handler.django_400"
+handler403 = "jobs.api.exception_handler.django_403"
+handler404 = "jobs.api.exception_handler.django_404"
+handler500 = "jobs.api.exception_handler.django_500"

@@ -132,6 +132,9 @@ SPECTACULAR_SETTINGS = {
     "TITLE": "lorasite",
     "DESCRIPTION": "Prepare pictures, train LoRAs, generate images.",
     "VERSION": "0.1.0",
+    # The request bodies are pydantic's JSON Schema, which 3.0 cannot say in full (null, exclusive limits).
+    "OAS_VERSION": "3.1.0",
+    "ENUM_NAME_OVERRIDES": {"JobState": "jobs.status.JobState"},
     "SERVE_INCLUDE_SCHEMA": False,
     "SWAGGER_UI_DIST": "SIDECAR",
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
