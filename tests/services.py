@@ -1,4 +1,4 @@
-"""Real servers for tests, one process each on a free loopback port: Valkey, PostgreSQL, SeaweedFS. Nothing is mocked."""
+"""Real servers for tests, one process each on a free loopback port: Valkey, PostgreSQL, SeaweedFS."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A whole site of real processes for end-to-end tests: web, dispatcher, Celery workers, Valkey; optionally S3 and PostgreSQL."""
+"""A whole site of real processes for end-to-end tests: web, dispatcher, Celery workers, Valkey; S3 and PostgreSQL too."""
 
 import json
 import os
