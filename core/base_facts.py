@@ -23,4 +23,4 @@ class BaseFacts(Config):
     bucket_step_px: int = Field(ge=8, le=256, description="Widths and heights must be multiples of this, in pixels.")
     native_size_px: int = Field(ge=8, le=2048, description="Side in pixels that the model was trained at.")
     latent_channels: int = Field(ge=1, le=64, description="Channels of a latent.")
-    text_layers: int = Field(ge=1, le=64, description="Layers of the (first) text encoder; clip_skip may not exceed it.")
+    text_layers: int = Field(ge=1, le=64, description="Layers of the (first) text encoder: clip_skip's limit.")

@@ -3,7 +3,6 @@
 Called by `core.prepared_base`. Loads no ML library, so nothing of a foreign folder is ever run here.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BaseModelError(f"{path} holds {type(data).__name__}, not a JSON object: download the model again")
     return data
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 (64 hex digits) of a file's bytes; about 1 s per GB."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_source(name: str) -> Path:

@@ -122,11 +122,16 @@ class TrainConfig(Config):
     lr_warmup_steps: int = Field(0, ge=0, le=10_000, description="Steps of linear warm-up from zero.")
     weight_decay: float = Field(0.01, ge=0, le=1.0, description="AdamW weight decay on the LoRA weights.")
     max_grad_norm: float = Field(1.0, ge=0, le=100, description="Clip the gradient to this norm; 0 switches it off.")
-    min_snr_gamma: float | None = Field(None, gt=0, le=50, description="min-SNR loss weight (arXiv 2303.09556); 5 is usual.")
+    min_snr_gamma: float | None = Field(
+        None, gt=0, le=50, description="min-SNR loss weight (arXiv 2303.09556); 5 is usual."
+    )
     noise_offset: float = Field(0.0, ge=0, le=1.0, description="Per-channel offset noise strength; 0 switches it off.")
     caption_dropout: float = Field(0.05, ge=0, le=1, description="Share of samples trained with an empty caption, 0-1.")
     clip_skip: int | None = Field(
-        None, ge=1, le=12, description="WebUI convention: 1 = last text layer, 2 = penultimate. Null: the base's default."
+        None,
+        ge=1,
+        le=12,
+        description="WebUI convention: 1 = last text layer, 2 = the one before. Null: base's default.",
     )
     mixed_precision: Precision = Field(
         "auto", description="auto: bf16 or fp16 where the device has it, fp32 on a CPU. fp16 uses a GradScaler."
@@ -134,7 +139,9 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="All randomness is a function of (seed, step, sample).")
     checkpoint_every_steps: int = Field(250, ge=1, le=100_000, description="Steps between resumable checkpoints.")
-    sample_every_steps: int = Field(0, ge=0, le=100_000, description="Steps between sample pictures; 0: only at the end.")
+    sample_every_steps: int = Field(
+        0, ge=0, le=100_000, description="Steps between samples; 0: only before and at the end."
+    )
     sample_prompts: tuple[PromptText, ...] = Field(
         (), max_length=16, description="Prompts of the sample pictures, at most 16; seeds are fixed."
     )
@@ -162,7 +169,10 @@ class GenerateConfig(Config):
     guidance: float = Field(7.0, ge=1, le=30, description="Classifier-free guidance scale; 1 switches it off.")
     sampler: Sampler = Field("default", description="default is the base's own scheduler.")
     clip_skip: int | None = Field(
-        None, ge=1, le=12, description="WebUI convention: 1 = last text layer, 2 = penultimate. Null: the base's default."
+        None,
+        ge=1,
+        le=12,
+        description="WebUI convention: 1 = last text layer, 2 = the one before. Null: base's default.",
     )
     loras: tuple[LoraUse, ...] = Field((), max_length=8, description="LoRAs to apply together, at most 8.")
 

@@ -4,7 +4,6 @@ Knows nothing of where the files come from: `download` is given by the caller.
 """
 
 import fcntl
-import hashlib
 import os
 import shutil
 import uuid
@@ -13,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import CoreError
-
-CHUNK_BYTES = 1 << 20
+from core.file_hash import hash_file
 
 
 class CachedFileDamaged(CoreError):
@@ -71,12 +69,3 @@ class FileCache:
             yield
         finally:
             os.close(descriptor)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 hex digits of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

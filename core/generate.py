@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.base_source import fetch_source, hash_file
+from core.base_source import fetch_source
 from core.command_line import ProgressBar, add_config_options, parser, read_config, run_command
 from core.config import GenerateConfig
 from core.errors import ConfigError
+from core.file_hash import hash_file
 from core.image_files import infotext, save_png
 from core.lora_utils import apply_lora
 from core.pipelines import LoadedBase, load_base, pick_device

@@ -28,7 +28,6 @@ from core.base_source import (
     check_source,
     fetch_source,
     find_weights,
-    hash_file,
     input_files,
     read_facts,
     read_json,
@@ -36,6 +35,7 @@ from core.base_source import (
 from core.command_line import parser, run_command
 from core.config import canonical_json_hash
 from core.errors import BaseModelError, ConfigError
+from core.file_hash import hash_file
 from core.progress import Progress, Report, silent
 from core.quiet_libraries import quiet_libraries
 

@@ -1,0 +1,120 @@
+"""kill -9 in the middle of a training: it goes on from its checkpoint, ends once, and with the same bytes."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import add_base, prepare_dataset, train
+from tests.services import wait_until
+from tests.stack import Stack, stack
+
+pytestmark = pytest.mark.slow
+
+CONFIG = {"steps": 60, "checkpoint_every_steps": 5, "targets": "with_conv"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with stack(tmp_path_factory.mktemp("site")) as running:
+        running.start_dispatcher()
+        running.start_worker()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def version(site: Stack, tiny_source: Path) -> str:
+    return prepare_dataset(site, add_base(site, tiny_source))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_hash(site: Stack, version: str) -> str:
+    done = site.wait_for_job(train(site, version, "uninterrupted", **CONFIG))
+    assert len(done["attempts"]) == 1
+    return model_hash(site, "uninterrupted")
+
+
+def model_hash(site: Stack, name: str) -> str:
+    (lora,) = [lora for lora in site.call("GET", "/api/v1/loras/")["results"] if lora["name"] == name]
+    (version,) = lora["versions"]
+    return str(version["model_hash"])
+
+
+def wait_for_step(site: Stack, job: dict[str, object], step: int) -> None:
+    def reached() -> bool:
+        now = site.call("GET", f"/api/v1/jobs/{job['id']}/")
+        assert now["state"] in ("queued", "running"), now
+        return bool(now["stage"] == "training" and now["progress"]["step"] >= step)
+
+    wait_until(reached, f"the training reaches step {step}", seconds=90, log=site.log("worker"))
+
+
+def test_a_killed_child_is_replaced_and_the_training_ends_with_the_same_bytes(
+    site: Stack, version: str, uninterrupted_hash: str
+) -> None:
+    job = train(site, version, "child-killed", **CONFIG)
+    wait_for_step(site, job, 12)
+    site.kill_child_of("worker")
+    done = site.wait_for_job(job, seconds=150)
+    assert [attempt["outcome"] for attempt in done["attempts"]] == ["lost", "succeeded"]
+    assert done["attempts"][1]["from_step"] >= 10, "it went on from a checkpoint, not from the start"
+    assert model_hash(site, "child-killed") == uninterrupted_hash
+
+
+def test_a_killed_worker_leaves_no_child_and_its_successor_ends_with_the_same_bytes(
+    site: Stack, version: str, uninterrupted_hash: str
+) -> None:
+    job = train(site, version, "worker-killed", **CONFIG)
+    wait_for_step(site, job, 12)
+    (child,) = psutil.Process(site.processes["worker"].pid).children()
+    site.kill("worker")
+    wait_until(
+        lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the child dies too", seconds=5
+    )
+    site.start_worker("worker")
+    done = site.wait_for_job(job, seconds=150)
+    assert [attempt["outcome"] for attempt in done["attempts"]] == ["lost", "succeeded"]
+    assert model_hash(site, "worker-killed") == uninterrupted_hash
+
+
+def test_a_stopped_worker_gives_its_training_back_at_once(site: Stack, version: str, uninterrupted_hash: str) -> None:
+    job = train(site, version, "worker-stopped", **CONFIG)
+    wait_for_step(site, job, 12)
+    worker = site.processes["worker"]
+    worker.terminate()
+    assert worker.wait(timeout=30) == 0
+    given_back = site.call("GET", f"/api/v1/jobs/{job['id']}/")
+    assert given_back["state"] == "queued"
+    assert given_back["attempts"][0]["outcome"] == "released"
+    site.start_worker("worker")
+    done = site.wait_for_job(job, seconds=150)
+    assert [attempt["outcome"] for attempt in done["attempts"]] == ["released", "succeeded"]
+    assert done["attempts"][1]["from_step"] == done["attempts"][0]["to_step"]
+    assert model_hash(site, "worker-stopped") == uninterrupted_hash
+
+
+def test_a_frozen_worker_is_fenced_and_publishes_nothing(site: Stack, version: str, uninterrupted_hash: str) -> None:
+    job = train(site, version, "worker-frozen", **CONFIG)
+    wait_for_step(site, job, 12)
+    (child,) = psutil.Process(site.processes["worker"].pid).children()
+    child.suspend()
+    site.start_worker("second")
+    try:
+        done = site.wait_for_job(job, seconds=150)
+    finally:
+        child.resume()
+    time.sleep(2)
+    after = site.call("GET", f"/api/v1/jobs/{job['id']}/")
+    assert (after["state"], len(after["attempts"])) == ("succeeded", 2)
+    assert done["attempts"] == after["attempts"]
+    assert model_hash(site, "worker-frozen") == uninterrupted_hash
+
+
+def test_the_web_tier_accepts_jobs_while_the_broker_is_gone(site: Stack, version: str) -> None:
+    started = time.monotonic()
+    assert "LORASITE_BROKER_URL" not in site.environment
+    job = train(site, version, "no-broker-needed", **CONFIG)
+    assert time.monotonic() - started < 5
+    site.call("POST", f"/api/v1/jobs/{job['id']}/cancel/")
