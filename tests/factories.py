@@ -1,4 +1,4 @@
-"""Rows with sensible defaults, made through the real rules wherever there are some, with real bytes behind every hash."""
+"""Rows with sensible defaults, made through the real rules where there are some, with real bytes behind every hash."""
 
 import hashlib
 import itertools
@@ -50,13 +50,13 @@ _numbers = itertools.count(1)
 
 
 def picture_bytes(
-    *, seed: int | None = None, size: tuple[int, int] = (64, 64), format: str = "PNG", **save: Any
+    *, seed: int | None = None, size: tuple[int, int] = (64, 64), kind: str = "PNG", **save: Any
 ) -> bytes:
     """A picture of noise, a different one on every call unless a seed is given."""
     noise = np.random.default_rng(next(_numbers) + 10**6 if seed is None else seed)
     pixels = noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     file = BytesIO()
-    Image.fromarray(pixels).save(file, format=format, **save)
+    Image.fromarray(pixels).save(file, format=kind, **save)
     return file.getvalue()
 
 
