@@ -157,7 +157,7 @@ def _draw(
 ) -> list[Path]:
     """One picture per prompt. All requests are sent first, so that the worker can batch them."""
     jobs = [client.post("generations/", _wish(recipe, fixed, loras)) for fixed in recipe.prompts]
-    files = []
+    files: list[Path] = []
     for fixed, job in zip(recipe.prompts, jobs, strict=True):
         line.update(f"{folder.name} the LoRA: {len(files)} of {len(jobs)}, {fixed.thing}")
         done = client.wait_for_job(job, lambda _: None)

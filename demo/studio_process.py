@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from core.die_with_parent import die_with_parent
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 READY_SECONDS = 150
 STOP_SECONDS = 30
@@ -54,6 +56,7 @@ class StudioProcess:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         end = time.monotonic() + READY_SECONDS
         problem = "it did not answer"
