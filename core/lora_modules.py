@@ -27,13 +27,15 @@ class LoraWeights:
     AdamW, clipping and zeroing over one tensor cost a twelfth of the same over some hundred small ones on a CPU.
 
     Attributes:
-        flat: The one parameter for the optimizer, fp32 (n,), and `flat.grad` with it. Matrices and their gradients are
-            views into both; the padding between them stays zero.
+        flat: The one parameter for the optimizer, fp32 (n,). All matrices are views into it; the padding between them
+            stays zero.
+        gradient: `flat.grad`, (n,); backward adds every matrix's gradient into it, so zero it before a step.
         down, up: By dotted module name: (rank, in[, k, k]) and (out, rank[, 1, 1]).
         alpha: Scale times rank, the same for all modules.
     """
 
     flat: nn.Parameter
+    gradient: Tensor
     down: dict[str, nn.Parameter]
     up: dict[str, nn.Parameter]
     alpha: float
@@ -100,21 +102,22 @@ def inject_lora(unet: nn.Module, rank: int, alpha: float, targets: list[str], se
 
     device = next(unet.parameters()).device
     flat = nn.Parameter(torch.zeros(starts[-1], device=device))  # (n,) fp32
-    flat.grad = torch.zeros_like(flat)
+    gradient = torch.zeros_like(flat)
+    flat.grad = gradient
     down: dict[str, nn.Parameter] = {}
     up: dict[str, nn.Parameter] = {}
     for (name, owner, is_down), shape, start in zip(owners, shapes, starts, strict=False):
         span = slice(start, start + shape.numel())
         weight = nn.Parameter(flat.data[span].view(shape))
         # Backward adds into a gradient that is there already, so every gradient lands in the flat one.
-        weight.grad = flat.grad[span].view(shape)
+        weight.grad = gradient[span].view(shape)
         owner.register_parameter("weight", weight)
         if is_down:
             bound = 1 / math.sqrt(math.prod(shape[1:]))
             drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator(seed, "lora_A", name))
             weight.data.copy_(drawn)
         (down if is_down else up)[name] = weight
-    return LoraWeights(flat=flat, down=down, up=up, alpha=alpha)
+    return LoraWeights(flat=flat, gradient=gradient, down=down, up=up, alpha=alpha)
 
 
 def _copy(weight: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Called by training, generation and the command line; layouts live in `core.lora_kohya` and `core.lora_peft`.
 """
 
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,8 @@ __all__ = [
     "LoraLayer",
     "LoraState",
     "apply_lora",
+    "export_lora",
+    "file_stem",
     "read_lora",
     "sshs_model_hash",
     "verify_files_agree",
@@ -60,6 +64,47 @@ def apply_lora(
     """
     states = [(read_lora(lora) if isinstance(lora, Path) else lora, weight) for lora, weight in loras]
     return apply_states(unet, states, text_encoder)
+
+
+def export_lora(
+    state: LoraState,
+    metadata: dict[str, str],
+    folder: Path,
+    name: str,
+    base_model: str = "",
+    *,
+    save_dtype: torch.dtype = torch.float32,
+) -> tuple[Path, Path]:
+    """Write `<name>.safetensors` (kohya) and `<name>-peft/`, in their places only after both were read back and agree.
+
+    Args:
+        state: The trained weights.
+        metadata: Header of the kohya file.
+        folder: Where both go.
+        name: A person's words; the files are named by `file_stem(name)`.
+        base_model: A label in the PEFT configuration.
+        save_dtype: Of the written tensors.
+
+    Raises:
+        LoraFileError: An export would change the model otherwise than the training did, or has no finite values.
+    """
+    unverified = folder / ".unverified"
+    shutil.rmtree(unverified, ignore_errors=True)
+    stem = file_stem(name)
+    kohya_file, peft_folder = folder / f"{stem}.safetensors", folder / f"{stem}-peft"
+    write_kohya(unverified / kohya_file.name, state, metadata, save_dtype=save_dtype)
+    write_peft(unverified / peft_folder.name, state, base_model=base_model, save_dtype=save_dtype)
+    verify_files_agree(state, unverified / kohya_file.name, unverified / peft_folder.name, save_dtype=save_dtype)
+    shutil.rmtree(peft_folder, ignore_errors=True)
+    (unverified / peft_folder.name).rename(peft_folder)
+    (unverified / kohya_file.name).replace(kohya_file)
+    unverified.rmdir()
+    return kohya_file, peft_folder
+
+
+def file_stem(name: str) -> str:
+    """A file name for any name: letters of any script, digits, `-_.`; never hidden, never a path, <= 80 characters."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80] or "lora"
 
 
 def verify_files_agree(

@@ -33,14 +33,23 @@ class TextCache:
         return self.embeddings.numel() * self.embeddings.element_size()
 
 
-def cache_texts(base: LoadedBase, captions: Sequence[str], clip_skip: int | None, report: Report = silent) -> TextCache:
+def cache_texts(
+    base: LoadedBase, captions: Sequence[str], clip_skip: int | None, dtype: torch.dtype, report: Report = silent
+) -> TextCache:
     """Encode each different caption once, and the empty one.
 
     One at a time: a batch of another size may round differently, and a resumed run has to see the same bits.
+
+    Args:
+        base: Its text encoder is used here and not again.
+        captions: Of all pictures.
+        clip_skip: WebUI convention; None for the base's default.
+        dtype: That the UNet takes.
+        report: Called after each caption.
     """
     unique = sorted({"", *captions})
     rows = []
     for done, caption in enumerate(unique, start=1):
         rows.append(encode_prompts(base, [caption], clip_skip).embeddings)  # (1, tokens, dim)
         report(Progress(stage="encoding captions", step=done, total=len(unique)))
-    return TextCache(rows={caption: row for row, caption in enumerate(unique)}, embeddings=torch.cat(rows))
+    return TextCache(rows={caption: row for row, caption in enumerate(unique)}, embeddings=torch.cat(rows).to(dtype))
