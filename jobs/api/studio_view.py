@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 from django.db.models import QuerySet
+from rest_framework.exceptions import ParseError
 from rest_framework.generics import GenericAPIView
 from rest_framework.negotiation import BaseContentNegotiation
 from rest_framework.renderers import BaseRenderer
@@ -38,6 +39,12 @@ class StudioView(GenericAPIView):  # type: ignore[type-arg]
     schema = StudioSchema()
     metadata_class = None
     content_negotiation_class = FixedContentType
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """As the parent's; a body of unknown length, which the parsers would take for an empty one, is refused."""
+        super().initial(request, *args, **kwargs)
+        if request.headers.get("Transfer-Encoding") and not request.headers.get("Content-Length"):
+            raise ParseError("send the body with a Content-Length instead of in chunks")
 
     def person(self) -> User:
         """Who asks."""

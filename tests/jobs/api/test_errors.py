@@ -71,7 +71,7 @@ def test_wrong_settings_are_400_and_name_their_fields(change: dict[str, Any], fi
 )
 @pytest.mark.parametrize("url", [DATASETS, GENERATIONS])
 def test_what_is_not_json_is_400(raw: bytes, url: str, api: APIClient) -> None:
-    status, _, _ = shape(api.generic("POST", url, raw, content_type="application/json"))
+    status, _, _ = shape(api.post(url, raw, content_type="application/json"))
     assert status == 400
 
 
@@ -81,7 +81,13 @@ def test_lone_surrogates_are_refused_before_the_database_sees_them(api: APIClien
         (DATASETS, b'{"name": "\\ud800"}'),
         (GENERATIONS, json.dumps({"base_model": base.name, "prompt": "\ud800"}).encode()),
     ):
-        assert shape(api.generic("POST", url, raw, content_type="application/json"))[0] == 400
+        assert shape(api.post(url, raw, content_type="application/json"))[0] == 400
+
+
+def test_a_chunked_body_is_refused_instead_of_taken_for_an_empty_one(api: APIClient) -> None:
+    response = api.post(DATASETS, headers={"Transfer-Encoding": "chunked"})
+    assert shape(response)[:2] == (400, "parse_error")
+    assert "Content-Length" in response.json()["message"]
 
 
 def test_a_body_that_is_too_large_is_413(api: APIClient, settings: Settings) -> None:

@@ -48,7 +48,7 @@ class Home:
 def home(owner: User) -> Home:
     base = make_base_model()
     dataset = make_dataset(owner, name="owners-dataset")
-    image = dataset.images.first()
+    image = dataset.images.all()[0]
     version = make_dataset_version(owner, dataset=dataset)
     run = make_training(owner, dataset_version=version, base_model=base, lora_name="owners-lora-name")
     lora = make_lora(owner, base_model=base, name="owners-lora")

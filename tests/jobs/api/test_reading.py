@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from pytest_django import DjangoAssertNumQueries
 from rest_framework.test import APIClient
@@ -142,7 +144,7 @@ def test_lists_cost_the_same_queries_for_one_row_and_for_many(
         api.get(reverse(name))
     costs = {}
     for name in names:
-        with django_assert_num_queries(50, exact=False) as queries:
+        with CaptureQueriesContext(connection) as queries:
             api.get(reverse(name))
         costs[name] = len(queries)
     for _ in range(3):
@@ -154,12 +156,10 @@ def test_lists_cost_the_same_queries_for_one_row_and_for_many(
     assert max(costs.values()) <= 8
 
 
-def test_lists_never_read_manifests_losses_or_tracebacks(
-    api: APIClient, owner: User, django_assert_num_queries: DjangoAssertNumQueries
-) -> None:
+def test_lists_never_read_manifests_losses_or_tracebacks(api: APIClient, owner: User) -> None:
     make_training(owner)
     for name in ("jobs", "trainings"):
-        with django_assert_num_queries(50, exact=False) as queries:
+        with CaptureQueriesContext(connection) as queries:
             api.get(reverse(name))
         text = " ".join(query["sql"] for query in queries.captured_queries)
         for column in ("error_traceback", '"manifest"', '"losses"'):
@@ -215,7 +215,7 @@ def test_a_lora_in_use_is_kept_and_another_is_deleted(api: APIClient, owner: Use
 
 def test_a_generated_picture_can_be_removed(api: APIClient, owner: User) -> None:
     generation = make_generation(owner, count=2)
-    first = generation.images.order_by("number").first()
+    first = generation.images.order_by("number")[0]
     url = reverse("image", args=[first.pk])
     assert api.get(url).json()["seed"] == 0
     assert api.delete(url).status_code == 204
