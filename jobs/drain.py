@@ -63,7 +63,10 @@ def run(hold: Hold, start: Callable[[Hold], JobWork]) -> None:
     try:
         try:
             work = start(hold)
-            work.compute()
+            try:
+                work.compute()
+            finally:
+                hold.write_progress()
             hold.check()
             lifecycle.job_uploading(job_id=job_id, token=token)
             _store(work)

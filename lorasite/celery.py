@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals
-from kombu import Queue
+from kombu import Exchange, Queue
 
 from lorasite.environment import Environment
 
@@ -51,7 +51,7 @@ app.conf.update(
     worker_enable_remote_control=False,
     worker_send_task_events=False,
     worker_hijack_root_logger=False,
-    task_queues=[Queue("gpu"), Queue("cpu")],
+    task_queues=[Queue(name, Exchange(name, type="direct"), routing_key=name) for name in ("gpu", "cpu")],
     task_default_queue="cpu",
     task_create_missing_queues=False,
     imports=["jobs.tasks"],

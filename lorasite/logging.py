@@ -41,6 +41,8 @@ def logging_settings(log_format: Literal["console", "json"], level: str) -> None
                 "boto3": {"level": "WARNING"},
                 "s3transfer": {"level": "WARNING"},
                 "PIL": {"level": "WARNING"},
+                "celery.worker.strategy": {"level": "WARNING"},  # doorbells; our own lines tell of the jobs
+                "celery.app.trace": {"level": "WARNING"},
             },
         }
     )

@@ -74,7 +74,7 @@ class Job(OwnedRecord):
     finished_at = models.DateTimeField(null=True, blank=True)
     used_worker_seconds = models.FloatField(default=0.0, help_text="Sum over all attempts.")
 
-    objects = JobQuerySet.as_manager()
+    objects = JobQuerySet.as_manager()  # type: ignore[misc]
 
     class Meta:
         ordering = ["-created_at"]

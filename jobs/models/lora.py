@@ -23,7 +23,7 @@ class Lora(OwnedRecord):
     trigger_word = models.CharField(max_length=100, blank=True, default="")
     visibility = models.CharField(max_length=10, choices=Visibility.choices, default=Visibility.PRIVATE)
 
-    objects = LoraQuerySet.as_manager()
+    objects = LoraQuerySet.as_manager()  # type: ignore[misc]
 
     class Meta:
         ordering = ["-created_at"]

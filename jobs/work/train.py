@@ -84,7 +84,7 @@ class TrainWork:
             training_run=run,
             kohya_sha256=self.kohya_sha256,
             kohya_size_bytes=self.kohya_size_bytes,
-            model_hash=self.result.model_hash,
+            model_hash=self.result.facts["sshs_model_hash"],
             peft_files=self.peft_files,
             facts=self.result.facts,
         )
