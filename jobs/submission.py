@@ -34,6 +34,7 @@ def job_submit(
     base_model: BaseModel | None = None,
     idempotency_key: str | None = None,
     request: dict[str, Any] | None = None,
+    refuse: Callable[[], None] = lambda: None,
     attach: Callable[[Job], object],
 ) -> Job:
     """Insert a QUEUED job and its request row in one transaction.
@@ -42,6 +43,7 @@ def job_submit(
         spec: The configuration's full dump.
         idempotency_key: The same key of the same owner returns the job made first.
         request: What the person asked for, to tell a repeated request from another one under the same key.
+        refuse: Raises where the request cannot be served now; not asked again for a repeated request.
         attach: Creates the request row (TrainingRun ...) of the new job; runs in the same transaction.
 
     Raises:
@@ -52,6 +54,7 @@ def job_submit(
         earlier = Job.objects.filter(owner=owner, idempotency_key=idempotency_key).first()
         if earlier is not None:
             return _same_request(earlier, request_hash)
+    refuse()
     try:
         with transaction.atomic():
             job = Job.objects.create(
@@ -90,11 +93,14 @@ def preprocess_submit(
     Raises:
         NotReady: The dataset has no pictures.
     """
-    count = dataset.images.count()
-    if not count:
-        raise NotReady(f"dataset {dataset.name!r} has no pictures: upload some first")
+
+    def refuse() -> None:
+        if not dataset.images.exists():
+            raise NotReady(f"dataset {dataset.name!r} has no pictures: upload some first")
 
     def attach(job: Job) -> None:
+        # Two preparations at once take turns, so that each gets its own number.
+        Dataset.objects.select_for_update().get(pk=dataset.pk)
         newest = dataset.versions.aggregate(Max("number"))["number__max"] or 0
         DatasetVersion.objects.create(owner=owner, dataset=dataset, number=newest + 1, job=job)
 
@@ -104,6 +110,7 @@ def preprocess_submit(
         spec=config.dump(),
         idempotency_key=idempotency_key,
         request={"dataset": str(dataset.pk), **config.dump()},
+        refuse=refuse,
         attach=attach,
     )
 
@@ -124,24 +131,28 @@ def training_submit(
         InvalidInput: The configuration does not fit the base model.
         Conflict: The LoRA name belongs to a LoRA of another base model.
     """
-    if not dataset_version.is_ready:
-        raise NotReady(
-            f"dataset version {dataset_version} is not ready (its job is {dataset_version.job.state}): "
-            "wait for its preprocessing to succeed"
-        )
-    facts = _facts(base_model)
-    _check_clip_skip(config.clip_skip, base_model)
-    step = facts.bucket_step_px
-    wrong = [i for i in (dataset_version.manifest or {})["images"] if i["width"] % step or i["height"] % step]
-    if wrong:
-        raise InvalidInput(
-            f"{len(wrong)} pictures of {dataset_version} do not fit base model {base_model.name!r}: sides must be "
-            f"multiples of {step} px, {wrong[0]['name']!r} is {wrong[0]['width']}x{wrong[0]['height']}. "
-            f"Preprocess again with bucket_step_px={step}"
-        )
-    other = owner.loras.filter(name=lora_name).exclude(base_model=base_model).first()
-    if other is not None:
-        raise Conflict(f"your LoRA {lora_name!r} belongs to base model {other.base_model.name!r}: choose another name")
+
+    def refuse() -> None:
+        if not dataset_version.is_ready:
+            raise NotReady(
+                f"dataset version {dataset_version} is not ready (its job is {dataset_version.job.state}): "
+                "wait for its preprocessing to succeed"
+            )
+        facts = _facts(base_model)
+        _check_clip_skip(config.clip_skip, base_model)
+        step = facts.bucket_step_px
+        wrong = [i for i in (dataset_version.manifest or {})["images"] if i["width"] % step or i["height"] % step]
+        if wrong:
+            raise InvalidInput(
+                f"{len(wrong)} pictures of {dataset_version} do not fit base model {base_model.name!r}: sides must be "
+                f"multiples of {step} px, {wrong[0]['name']!r} is {wrong[0]['width']}x{wrong[0]['height']}. "
+                f"Preprocess again with bucket_step_px={step}"
+            )
+        other = owner.loras.filter(name=lora_name).exclude(base_model=base_model).first()
+        if other is not None:
+            raise Conflict(
+                f"your LoRA {lora_name!r} belongs to base model {other.base_model.name!r}: choose another name"
+            )
 
     def attach(job: Job) -> None:
         TrainingRun.objects.create(
@@ -160,6 +171,7 @@ def training_submit(
             "lora_name": lora_name,
             **config.dump(),
         },
+        refuse=refuse,
         attach=attach,
     )
 

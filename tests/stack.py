@@ -1,4 +1,4 @@
-"""A whole site of real processes for end-to-end tests: web, dispatcher, Celery workers, Valkey; S3 and PostgreSQL too."""
+"""A whole site of real processes for end-to-end tests: web, dispatcher, Celery workers, Valkey."""
 
 import json
 import os
@@ -161,7 +161,7 @@ class Stack:
 
 @contextmanager
 def stack(folder: Path, **environment: str) -> Iterator[Stack]:
-    """A migrated site with a user `owner`, an API key, Valkey and a web process. Dispatcher and workers are the test's."""
+    """A migrated site with a user `owner`, an API key, Valkey and a web process; the rest is the test's to start."""
     folder.mkdir(parents=True, exist_ok=True)
     with valkey(folder / "valkey") as broker_url:
         values = {

@@ -9,6 +9,7 @@ from lorasite.settings.base import DATABASES, ENVIRONMENT, LORASITE, STORAGES
 DATA = ENVIRONMENT.data if "data" in ENVIRONMENT.model_fields_set else Path(tempfile.mkdtemp(prefix="lorasite-tests-"))
 LORASITE["DATA"] = DATA
 STATIC_ROOT = DATA / "static"
+STATIC_ROOT.mkdir(parents=True, exist_ok=True)
 if ENVIRONMENT.storage == "local":
     STORAGES["default"]["OPTIONS"]["location"] = DATA / "storage"
 STORAGES["staticfiles"] = {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"}

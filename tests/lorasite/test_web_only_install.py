@@ -1,4 +1,4 @@
-"""A web node installs requirements/web.txt alone: API, admin and docs must work without torch, numpy or any ML library."""
+"""A web node installs requirements/web.txt alone: API, admin and docs must work without torch or numpy."""
 
 import json
 import os

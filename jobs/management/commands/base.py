@@ -16,7 +16,7 @@ class Command(BaseCommand):
 
     help = (
         "Register base models. `base add SRC --name NAME` records a diffusers folder (or hub id) and submits its "
-        "preparation, which a gpu worker runs; `base list` shows all. Adding the same name and source again is harmless."
+        "preparation, which a gpu worker runs; `base list` shows all. Adding the same base again is harmless."
     )
 
     def add_arguments(self, parser: ArgumentParser) -> None:
