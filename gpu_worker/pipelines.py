@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from core.errors import BaseModelError
 from core.pipelines import LoadedBase, assert_vae_fp32, load_base
 from gpu_worker.settings import BaseRef
 
@@ -33,10 +34,9 @@ class PipelinePool:
 
     def get(self, ref: BaseRef) -> LoadedBase:
         """The loaded base, reused where possible."""
-        base = self._loaded.get(ref.fingerprint)
+        base = self._checked(ref)
         if base is not None:
             self._loaded.move_to_end(ref.fingerprint)
-            assert_vae_fp32(base)
             logger.info("pipeline reused base=%s vae=own fp32 device=%s", ref.name, self._device)
             return base
         self._evict(self._size - 1)
@@ -49,6 +49,19 @@ class PipelinePool:
             1000 * (time.monotonic() - began),
             self._device,
         )
+        return base
+
+    def _checked(self, ref: BaseRef) -> LoadedBase | None:
+        """The held base if its VAE is still fp32; one that some step left in half precision is loaded anew."""
+        base = self._loaded.get(ref.fingerprint)
+        if base is None:
+            return None
+        try:
+            assert_vae_fp32(base)
+        except BaseModelError as error:
+            logger.warning("pipeline dropped base=%s reason=%s", ref.name, error)
+            del self._loaded[ref.fingerprint]
+            return None
         return base
 
     def make_room(self) -> None:
