@@ -33,7 +33,7 @@ class ProgressLine:
     def update_from_job(self, job: dict[str, Any]) -> None:
         """Percent, loss and time left of a job as the API describes it."""
         progress = job["progress"]
-        parts = [job["stage"] or job["state"].lower(), f"{progress['percent']} %"]
+        parts = [job["stage"] or job["state"], f"{progress['percent']} %"]
         if progress["total"]:
             parts.append(f"step {progress['step']}/{progress['total']}")
         if "loss" in job["figures"]:

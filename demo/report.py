@@ -114,7 +114,7 @@ def render_report(result: DemoResult) -> str:
             (f"{result.fall:.0f} %", "nearer to the pictures it learnt from", f"goal: {GOAL_PERCENT:.0f} % or more"),
             (f"{result.seconds.get('train', 0):.0f} s", "of training", f"{len(result.losses)} steps, no GPU needed"),
             (f"{lora.size_bytes / 2**20:.1f} MiB", "LoRA file", f"{lora.modules} modules, rank {_list(lora.ranks)}"),
-            (f"{total_seconds:.0f} s", "for everything", "from an empty studio to this page"),
+            (f"{total_seconds:.0f} s", "for everything", "from starting the studio to this page"),
         ],
         "pictures": [(_data_uri(file), caption) for file, caption in result.pictures],
         "pairs": [

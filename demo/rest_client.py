@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 60
-TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED")
+TERMINAL = ("succeeded", "failed", "cancelled", "expired")
 
 
 class ApiError(Exception):
@@ -77,7 +77,7 @@ class RestClient:
             time.sleep(0.5)
             job = self.get(f"jobs/{job['id']}/")
             watch(job)
-        if job["state"] != "SUCCEEDED":
+        if job["state"] != "succeeded":
             error = job.get("error") or {}
             raise ApiError(f"job {job['id']} ended {job['state']}: {error.get('message') or 'no reason given'}")
         return job

@@ -122,9 +122,9 @@ def _wait_for_base_model(client: RestClient, line: ProgressLine) -> None:
         if found and found[0]["ready"]:
             return
         state = found[0]["state"] if found else None
-        if state == "FAILED":
+        if state == "failed":
             raise ApiError(f"base model {BASE_MODEL} could not be prepared; its job in the admin says why")
-        line.update(f"waiting: {(state or 'not registered yet').lower()}")
+        line.update(f"waiting: {state or 'not registered yet'}")
         time.sleep(0.5)
     raise ApiError(f"base model {BASE_MODEL} was not ready after {BASE_MODEL_SECONDS} s")
 

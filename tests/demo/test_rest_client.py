@@ -21,7 +21,7 @@ class Api(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.startswith("/api/v1/jobs/"):
             state = self.job_states.pop(0)
-            error = {"code": "diverged", "message": "the loss became NaN"} if state == "FAILED" else None
+            error = {"code": "diverged", "message": "the loss became NaN"} if state == "failed" else None
             self.answer(200, {"id": "j", "state": state, "error": error})
         elif self.path == "/api/v1/things/":
             self.answer(200, {"results": [1, 2], "next": f"http://{self.headers['Host']}/api/v1/things/?cursor=b"})
@@ -93,17 +93,17 @@ def test_a_refusal_is_told_with_its_sentence_and_its_fields(client: RestClient) 
 
 
 def test_a_job_is_watched_until_it_ends(client: RestClient) -> None:
-    Api.job_states = ["RUNNING", "SUCCEEDED"]
+    Api.job_states = ["running", "succeeded"]
     seen: list[str] = []
-    done = client.wait_for_job({"id": "j", "state": "QUEUED"}, lambda job: seen.append(job["state"]))
-    assert done["state"] == "SUCCEEDED"
-    assert seen == ["RUNNING", "SUCCEEDED"]
+    done = client.wait_for_job({"id": "j", "state": "queued"}, lambda job: seen.append(job["state"]))
+    assert done["state"] == "succeeded"
+    assert seen == ["running", "succeeded"]
 
 
 def test_a_failed_job_raises_its_own_sentence(client: RestClient) -> None:
-    Api.job_states = ["FAILED"]
-    with pytest.raises(ApiError, match="job j ended FAILED: the loss became NaN"):
-        client.wait_for_job({"id": "j", "state": "RUNNING"}, lambda _: None)
+    Api.job_states = ["failed"]
+    with pytest.raises(ApiError, match="job j ended failed: the loss became NaN"):
+        client.wait_for_job({"id": "j", "state": "running"}, lambda _: None)
 
 
 def test_the_key_is_never_sent_to_another_site(client: RestClient) -> None:
