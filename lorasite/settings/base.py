@@ -31,6 +31,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "jobs",
+    "lorasite",  # for `manage.py studio`
 ]
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
