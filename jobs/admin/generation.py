@@ -8,7 +8,7 @@ from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
 from unfold.decorators import display
 
-from jobs.admin.readonly import ReadOnlyAdmin, ReadOnlyInline, megabytes, record_link, state_label
+from jobs.admin.readonly import ReadOnlyAdmin, ReadOnlyInline, megabytes, pretty_json, record_link, state_label
 from jobs.admin.thumbnails import PictureAdminMixin, record_thumbnail
 from jobs.models import GeneratedImage, GenerationLora, GenerationRequest
 
@@ -32,8 +32,8 @@ class GenerationRequestAdmin(ReadOnlyAdmin):
     list_display = ["__str__", "owner", "prompt", "base_model", "job_state", "image_count", "created_at"]
     list_filter = ["job__state", "base_model", "created_at"]
     search_fields = ["id", "owner__username"]
-    readonly_fields = ["job_state", "prompt", "pictures"]
-    fields = ["owner", "base_model", "job_state", "prompt", "pictures", "created_at"]
+    readonly_fields = ["job_state", "settings", "pictures"]
+    fields = ["owner", "base_model", "job_state", "pictures", "settings", "created_at"]
     list_select_related = ["owner", "base_model", "job"]
     inlines = [GenerationLoraInline]
 
@@ -46,6 +46,11 @@ class GenerationRequestAdmin(ReadOnlyAdmin):
         """The beginning of the prompt."""
         prompt = str(request.job.spec.get("prompt", ""))
         return prompt if len(prompt) <= 80 else prompt[:79] + "…"
+
+    @display(description="Settings")
+    def settings(self, request: GenerationRequest) -> SafeString:
+        """Prompt, seed, size and all the rest."""
+        return pretty_json(request.job.spec)
 
     @display(description="Job", ordering="job__state")
     def job_state(self, request: GenerationRequest) -> str | SafeString:

@@ -44,8 +44,13 @@ class JobEventInline(ReadOnlyInline):
     """Every change of the job's state."""
 
     model = JobEvent
-    fields = ["at", "old_state", "new_state", "token", "reason"]
+    fields = ["at", "change", "reason", "token"]
     readonly_fields = fields
+
+    @display(description="Change")
+    def change(self, event: JobEvent) -> SafeString:
+        """From state to state."""
+        return state_change(event)
 
 
 @admin.register(Job)
@@ -58,7 +63,7 @@ class JobAdmin(ReadOnlyAdmin):
         "state_column",
         "progress",
         "figures_line",
-        "attempts_count",
+        "tries",
         "created_at",
         "took",
     ]
@@ -125,6 +130,11 @@ class JobAdmin(ReadOnlyAdmin):
         """Newest loss, speed and the like."""
         return ", ".join(f"{name} {_short(value)}" for name, value in job.figures.items()) or "-"
 
+    @display(description="Tries", ordering="attempts_count")
+    def tries(self, job: Job) -> int:
+        """Claims so far."""
+        return job.attempts_count
+
     @display(description="Error")
     def error(self, job: Job) -> str | SafeString:
         """The code and the sentence that the person sees."""
@@ -143,7 +153,7 @@ class JobAdmin(ReadOnlyAdmin):
         if job.started_at is None or job.finished_at is None:
             return "-"
         seconds = (job.finished_at - job.started_at).total_seconds()
-        return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+        return f"{seconds:.0f}\N{NO-BREAK SPACE}s" if seconds < 120 else f"{seconds / 60:.0f}\N{NO-BREAK SPACE}min"
 
     @display(description="Held by")
     def held_by(self, job: Job) -> str | SafeString:
@@ -285,11 +295,23 @@ class JobAttemptAdmin(ReadOnlyAdmin):
 class JobEventAdmin(ReadOnlyAdmin):
     """State changes of all jobs, newest first: the log of what happened when."""
 
-    list_display = ["at", "job", "old_state", "new_state", "reason", "token"]
+    list_display = ["at", "job", "change", "reason", "token"]
     list_filter = ["new_state", "at"]
     search_fields = ["job__id", "reason"]
     list_select_related = ["job"]
     ordering = ["-id"]
+
+    @display(description="Change", ordering="new_state")
+    def change(self, event: JobEvent) -> SafeString:
+        """From state to state."""
+        return state_change(event)
+
+
+def state_change(event: JobEvent) -> SafeString:
+    """Both states as coloured labels."""
+    if not event.old_state:
+        return state_label(event.new_state)
+    return format_html("{} → {}", state_label(event.old_state), state_label(event.new_state))
 
 
 def _result(job: Job) -> Model | None:

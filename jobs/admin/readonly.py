@@ -32,7 +32,6 @@ class ReadOnlyAdmin(ModelAdmin):
     """Rows written by the product itself: staff look at them, and change them through actions only."""
 
     list_per_page = 50
-    show_full_result_count = False
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         """Rows of this kind come from submissions and workers."""
@@ -54,6 +53,7 @@ class ReadOnlyInline(TabularInline):
     per_page = 20
     can_delete = False
     show_change_link = False
+    hide_title = True
 
     def has_add_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         """Rows of this kind come from submissions and workers."""

@@ -15,6 +15,7 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from PIL import Image, UnidentifiedImageError
 from unfold.admin import ModelAdmin
+from unfold.decorators import display
 
 from jobs.artifacts import artifact_open
 from jobs.errors import ArtifactDamaged
@@ -93,6 +94,7 @@ class PictureAdminMixin(ModelAdmin):
             raise Http404(f"no {self.opts.verbose_name} {pk}")
         return picture_response(record.sha256, reduced=reduced)
 
+    @display(description="Picture")
     def thumbnail(self, record: Any) -> SafeString:
         """The picture, small."""
         return record_thumbnail(record)

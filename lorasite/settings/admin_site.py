@@ -22,6 +22,10 @@ def _page(title: str, icon: str, model: str) -> dict[str, Any]:
     }
 
 
+def _favicon(request: HttpRequest) -> str:
+    return static("jobs/favicon.svg")
+
+
 def _stylesheet(request: HttpRequest) -> str:
     return static("jobs/admin.css")
 
@@ -35,6 +39,8 @@ UNFOLD: dict[str, Any] = {
     "SHOW_HISTORY": True,
     "SHOW_VIEW_ON_SITE": False,
     "SHOW_BACK_BUTTON": True,
+    "DASHBOARD_CALLBACK": "jobs.admin.home.home_context",
+    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": _favicon}],
     "STYLES": [_stylesheet],
     "SIDEBAR": {
         "show_search": True,
@@ -43,6 +49,7 @@ UNFOLD: dict[str, Any] = {
             {
                 "title": "Work",
                 "items": [
+                    {"title": "Overview", "icon": "home", "link": reverse_lazy("admin:index")},
                     _page("Jobs", "pending_actions", "jobs.job"),
                     _page("Trainings", "model_training", "jobs.trainingrun"),
                     _page("Generations", "draw", "jobs.generationrequest"),

@@ -88,3 +88,18 @@ def test_heavy_columns_stay_in_the_database_while_jobs_are_listed(operator_clien
         operator_client.get(reverse("admin:jobs_job_changelist"))
     assert not [query["sql"] for query in captured if '"error_traceback"' in query["sql"]]
     assert not [query["sql"] for query in captured if '"jobs_job"."spec"' in query["sql"]]
+
+
+def test_the_first_page_says_what_is_wrong_and_what_failed_last(operator_client: Client) -> None:
+    text = operator_client.get("/admin/").content.decode()
+    assert "No worker is ready to prepare datasets. Start `celery -A lorasite worker -Q cpu`" in text
+    assert "ready to train" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "<script>alert(1)" not in text
+
+
+def test_the_first_page_shows_no_figures_to_staff_who_may_not_see_jobs(site: Site, client: Client) -> None:
+    client.force_login(User.objects.create_user("temp", password="temp-password", is_staff=True))
+    response = client.get("/admin/")
+    assert response.status_code == 200
+    assert b"Failed last" not in response.content
