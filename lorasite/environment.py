@@ -5,8 +5,9 @@ Read by `lorasite/settings/*`. Every variable starts with `LORASITE_`, e.g. `LOR
 
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -57,3 +58,14 @@ class Environment(BaseSettings):
     )
     log_format: Literal["console", "json"] = Field("console", description="console for people, json for machines.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Lowest level shown.")
+
+    @field_validator("broker_url")
+    @classmethod
+    def _broker_is_guarded(cls, url: SecretStr) -> SecretStr:
+        """Whoever may write into the broker may ring and read along, so one that others can reach needs a password."""
+        parts = urlsplit(url.get_secret_value())
+        if parts.hostname not in (None, "localhost", "127.0.0.1", "::1") and not parts.password:
+            raise ValueError(
+                f"the broker on {parts.hostname} has no password: use {parts.scheme}://:PASSWORD@{parts.hostname}/0"
+            )
+        return url

@@ -17,6 +17,7 @@ SILENT_SECONDS = 30.0  # after which a dispatcher counts as gone
 SHOWN_JOBS = 8
 
 admin.site.index_template = "jobs/admin/home.html"
+admin.site.index_title = "Overview"
 
 
 def home_context(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,37 @@
+# Workers with a GPU (`-Q gpu`).
+#   docker build -f deploy/gpu.Dockerfile -t lorasite-gpu .
+# For machines without a GPU (several GB smaller):
+#   docker build -f deploy/gpu.Dockerfile -t lorasite-gpu --build-arg BASE=ubuntu:24.04 \
+#     --build-arg REQUIREMENTS=gpu.txt --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
+ARG BASE=nvidia/cuda:12.8.1-base-ubuntu24.04
+FROM ${BASE}
+ARG REQUIREMENTS=cuda.txt
+# The default index holds the CUDA build of the pinned torch.
+ARG TORCH_INDEX=https://pypi.org/simple
+
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    DEBIAN_FRONTEND=noninteractive PATH=/opt/venv/bin:$PATH
+
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends python3 python3-venv \
+ && rm -rf /var/lib/apt/lists/* \
+ && python3 -m venv /opt/venv \
+ && useradd --system --uid 10001 --create-home --home-dir /home/lorasite lorasite \
+ && install --directory --owner=lorasite --group=lorasite /data
+
+WORKDIR /app
+COPY requirements requirements
+RUN pip install --index-url ${TORCH_INDEX} --extra-index-url https://pypi.org/simple torch==2.13.0 \
+ && pip install -r requirements/${REQUIREMENTS}
+
+COPY manage.py ./
+COPY core core
+COPY gpu_worker gpu_worker
+COPY jobs jobs
+COPY lorasite lorasite
+
+ENV DJANGO_SETTINGS_MODULE=lorasite.settings.production LORASITE_DATA=/data OMP_NUM_THREADS=1
+USER lorasite
+# SIGTERM lets a training save a checkpoint and give its job back; allow 60 s before SIGKILL.
+STOPSIGNAL SIGTERM
+CMD ["celery", "--quiet", "-A", "lorasite", "worker", "-Q", "gpu", "-n", "gpu@%h", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat"]
