@@ -65,7 +65,7 @@ class Plan:
         """Register the demo base, where the repository holds it."""
         if not self.with_demo or not (DEMO_BASE / "model_index.json").is_file():
             return None
-        return self._manage("demo", "base", "add", str(DEMO_BASE), "--name", "demo", "--warm", "--skip-checks")
+        return self._manage("demo", "base", "--skip-checks", "add", str(DEMO_BASE), "--name", "demo", "--warm")
 
     def programs(self) -> list[Program]:
         """What stays, without Valkey, in the order of starting."""
@@ -80,6 +80,8 @@ class Plan:
                 "lorasite.asgi:application",
                 *("--host", LOOPBACK, "--port", str(self.web_port)),
                 *("--log-level", "warning", "--timeout-graceful-shutdown", "5"),
+                # Static files come from a synchronous iterator; they are small, so that costs nothing.
+                PYTHONWARNINGS="ignore:StreamingHttpResponse must consume",
             ),
         ]
 

@@ -24,11 +24,11 @@ START_SECONDS = 150.0  # on a busy machine
 class Studio:
     """One started studio and what it printed."""
 
-    def __init__(self, data: Path, port: int, output: Path) -> None:
+    def __init__(self, data: Path, port: int, output: Path, *options: str) -> None:
         self.port, self._output = port, output
         with output.open("wb") as out:
             self.process = subprocess.Popen(
-                command(data, port),
+                command(data, port, *options),
                 cwd=REPOSITORY,
                 env=environment(),
                 stdout=out,
@@ -70,8 +70,8 @@ class Studio:
         return found[1]
 
 
-def command(data: Path, port: int) -> list[str]:
-    return [sys.executable, "manage.py", "studio", "--data", str(data), "--port", str(port), "--no-demo"]
+def command(data: Path, port: int, *options: str) -> list[str]:
+    return [sys.executable, "manage.py", "studio", "--data", str(data), "--port", str(port), *options]
 
 
 def environment() -> dict[str, str]:
@@ -138,6 +138,9 @@ def test_a_studio_starts_is_alone_on_its_data_and_ctrl_c_leaves_nothing(
     assert any("valkey-server" in line for line in family)
     assert sum("celery" in line for line in family) >= 4  # two workers, each with a child
 
+    assert "demo: registered, preparation is job" in started.text
+    wait_until(lambda: "uploading→succeeded" in started.text, "the demo base is prepared")
+
     other = free_ports(1)[0]
     sentence = refused(tmp_path / "data", other)
     assert f"another studio (process {started.process.pid}) runs on the data folder" in sentence
@@ -166,7 +169,7 @@ def test_kill_9_leaves_no_children_and_the_next_start_finds_the_old_data(
         time.sleep(0.1)
     assert alive(family) == []
 
-    again = Studio(tmp_path / "data", port, tmp_path / "second.txt")
+    again = Studio(tmp_path / "data", port, tmp_path / "second.txt", "--no-demo")
     try:
         again.wait_until_ready()
         assert f"(process {started.process.pid}) was killed; its data is used again" in again.text
