@@ -97,7 +97,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, identity: RunIdentity,
         shutil.rmtree(leftover, ignore_errors=True)
     partial = folder / f".partial-{uuid.uuid4().hex}"
     write_kohya(partial / LORA_NAME, checkpoint.lora, metadata)
-    write_whole(partial / OPTIMIZER_NAME, serialize(checkpoint.optimizer, {}))
+    optimizer = {name: tensor.detach().cpu() for name, tensor in checkpoint.optimizer.items()}
+    write_whole(partial / OPTIMIZER_NAME, serialize(optimizer, {}))
     state = {
         "format": FORMAT,
         "step": checkpoint.step,
@@ -109,6 +110,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, identity: RunIdentity,
         "started_at": checkpoint.started_at,
         "seconds": checkpoint.seconds,
     }
+    state["state_hash"] = canonical_json_hash(state)
     write_whole(partial / STATE_NAME, json.dumps(state, allow_nan=False).encode())
     final = folder / f"step-{checkpoint.step:06d}"
     shutil.rmtree(final, ignore_errors=True)  # a torn one of the same step: rename wants an empty place
@@ -133,7 +135,7 @@ def newest_valid(folder: Path, expect: RunIdentity) -> Checkpoint | None:
             continue
         _check_identity(path, state, expect)
         try:
-            _, optimizer = load_tensors(path / OPTIMIZER_NAME)
+            optimizer = load_tensors(path / OPTIMIZER_NAME)[1]
             return Checkpoint(
                 step=int(state["step"]),
                 lora=read_kohya(path / LORA_NAME),
@@ -162,6 +164,8 @@ def _read_state(path: Path) -> dict[str, Any]:
     state = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{STATE_NAME} is not of format {FORMAT}")
+    if state.pop("state_hash", None) != canonical_json_hash(state):
+        raise ValueError(f"{STATE_NAME} is not as it was written")
     for name in (LORA_NAME, OPTIMIZER_NAME):
         if _sha256(path / name) != state["files"][name]:
             raise ValueError(f"{name} is not as it was written")

@@ -135,13 +135,14 @@ def train(
     optimizer = torch.optim.AdamW([weights.flat], lr=config.learning_rate, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(precision.device_type, enabled=precision.needs_scaler)
 
+    # What AdamW would make at its first step. In fp16 that step may be skipped, and a checkpoint needs all parts.
+    moments = {name: torch.zeros_like(weights.flat.data) for name in ("exp_avg", "exp_avg_sq")}  # (n,) fp32 each
+    optimizer.state[weights.flat] = {"step": torch.tensor(0.0), **moments}
     done, losses, started_at, seconds_before = 0, list[float](), time.time(), 0.0
     if checkpoint is not None:
         weights.load(checkpoint.lora)
-        # AdamW keeps its step count on the CPU, its moments beside the weights.
-        optimizer.state[weights.flat] = {
-            key: tensor if key == "step" else tensor.to(base.device) for key, tensor in checkpoint.optimizer.items()
-        }
+        for part, tensor in optimizer.state[weights.flat].items():
+            tensor.copy_(checkpoint.optimizer[part])
         if precision.needs_scaler and checkpoint.scaler:
             scaler.load_state_dict(checkpoint.scaler)
         done, losses = checkpoint.step, list(checkpoint.losses)
@@ -152,13 +153,12 @@ def train(
         name=name, base_name=base_name, base_fingerprint=base.fingerprint, precision=precision.name, steps_done=done,
         clip_skip=clip_skip, has_conv=config.targets == "with_conv", started_at=started_at, finished_at=started_at,
     )  # fmt: skip
-
     saved, loop_started = done, time.monotonic()
 
     def save() -> None:
         nonlocal saved
         state = Checkpoint(
-            step=done, lora=weights.state(), optimizer=dict(optimizer.state[weights.flat]), scaler=scaler.state_dict(),
+            step=done, lora=weights.state(), optimizer=optimizer.state[weights.flat], scaler=scaler.state_dict(),
             losses=losses, started_at=started_at, seconds=seconds_before + time.monotonic() - loop_started,
         )  # fmt: skip
         facts = dataclasses.replace(run, steps_done=done, finished_at=time.time())

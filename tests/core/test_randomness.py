@@ -14,8 +14,14 @@ def test_the_same_words_give_the_same_numbers_whatever_was_drawn_before() -> Non
 
 
 def test_other_seeds_steps_samples_and_purposes_give_other_numbers() -> None:
-    words = [(5, "noise", 10, 2), (6, "noise", 10, 2), (5, "noise", 1, 2), (5, "noise", 10, 3), (5, "offset", 10, 2)]
-    drawn = [tuple(normal((4,), seed, *rest).tolist()) for seed, *rest in words]
+    words: list[tuple[int, str, int, int]] = [
+        (5, "noise", 10, 2),
+        (6, "noise", 10, 2),
+        (5, "noise", 1, 2),
+        (5, "noise", 10, 3),
+        (5, "offset", 10, 2),
+    ]
+    drawn = [tuple(normal((4,), *each).tolist()) for each in words]
     assert len(set(drawn)) == len(words)
 
 

@@ -1,13 +1,16 @@
 """Small datasets and UNets for the training tests; nothing is downloaded or trained here."""
 
+import copy
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from torch import nn
 
 from core.config import PreprocessConfig, TrainConfig
 from core.lora_modules import inject_lora
@@ -63,20 +66,20 @@ def quick_config(**changes: object) -> TrainConfig:
     return TrainConfig.parse(values | changes)
 
 
-def sd15_shaped_unet() -> UNet2DConditionModel:
+def sd15_shaped_unet() -> nn.Module:
     """SD 1.5's module tree, 1/10 as wide."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
+        unet: Any = UNet2DConditionModel(
             block_out_channels=(32, 64, 128, 128), cross_attention_dim=64, norm_num_groups=8, sample_size=8
         )
-    return unet.eval().requires_grad_(False)
+    unet.eval().requires_grad_(False)
+    narrow: nn.Module = unet
+    return narrow
 
 
-def trained_state(unet: UNet2DConditionModel, targets: str, *, rank: int = 4, alpha: float = 2.0) -> LoraState:
+def trained_state(unet: nn.Module, targets: str, *, rank: int = 4, alpha: float = 2.0) -> LoraState:
     """A LoRA for a UNet as after some training (both matrices filled), and that UNet's copy stays untouched."""
-    import copy
-
     weights = inject_lora(copy.deepcopy(unet), rank, alpha, target_modules(unet, targets), seed=1)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(2)
     for up in weights.up.values():
@@ -85,7 +88,7 @@ def trained_state(unet: UNet2DConditionModel, targets: str, *, rank: int = 4, al
 
 
 @torch.no_grad()
-def unet_output(unet: torch.nn.Module, dim: int) -> torch.Tensor:
+def unet_output(unet: nn.Module, dim: int) -> torch.Tensor:
     """One fixed forward pass of two samples: (2, 4, 8, 8)."""
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(2, 4, 8, 8, generator=generator)
