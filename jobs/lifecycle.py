@@ -21,7 +21,7 @@ from jobs.errors import Conflict, InvalidTransition, LeaseLost
 from jobs.models import Job, JobAttempt, JobEvent, WorkerProcess
 from jobs.queue import claimable_candidates, recent_owner_seconds
 from jobs.scheduling import claim_order
-from jobs.status import LEASED, TERMINAL, TRANSITIONS, AttemptOutcome, JobState, sources_of
+from jobs.status import LEASED, TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState, sources_of
 
 logger = logging.getLogger(__name__)
 
@@ -312,12 +312,12 @@ def _change(
 
 
 def _close_attempt(job_id: UUID, token: int, outcome: AttemptOutcome, reason: str) -> None:
-    attempt = JobAttempt.objects.get(job_id=job_id, token=token)
     job = Job.objects.get(pk=job_id)
-    JobAttempt.objects.filter(pk=attempt.pk, ended_at__isnull=True).update(
-        ended_at=Now(), outcome=outcome, reason=reason, to_step=job.progress_step
-    )
-    attempt.refresh_from_db()
+    # What this try leaves behind: of a training, the step that the next try goes on from.
+    to_step = job.checkpoint_step if job.kind == JobKind.TRAIN else job.progress_step
+    row = JobAttempt.objects.filter(job_id=job_id, token=token)
+    row.filter(ended_at__isnull=True).update(ended_at=Now(), outcome=outcome, reason=reason, to_step=to_step)
+    attempt = row.get()
     if attempt.ended_at is not None:
         seconds = (attempt.ended_at - attempt.started_at) / timedelta(seconds=1)
         Job.objects.filter(pk=job_id).update(used_worker_seconds=F("used_worker_seconds") + max(0.0, seconds))

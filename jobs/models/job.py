@@ -124,8 +124,8 @@ class JobAttempt(models.Model):
     ended_at = models.DateTimeField(null=True, blank=True)
     outcome = models.CharField(max_length=20, choices=AttemptOutcome.choices, blank=True, default="")
     reason = models.TextField(blank=True, default="")
-    from_step = models.PositiveIntegerField(default=0)
-    to_step = models.PositiveIntegerField(default=0)
+    from_step = models.PositiveIntegerField(default=0, help_text="Step that the try went on from.")
+    to_step = models.PositiveIntegerField(default=0, help_text="Last step that it left behind.")
 
     class Meta:
         ordering = ["token"]

@@ -51,6 +51,19 @@ def wait_for_step(site: Stack, job: dict[str, object], step: int) -> None:
     wait_until(reached, f"the training reaches step {step}", seconds=90, log=site.log("worker"))
 
 
+def test_the_parent_holds_the_heavy_libraries_so_that_a_new_child_need_not_load_them(site: Stack, version: str) -> None:
+    parent = psutil.Process(site.processes["worker"].pid)
+    assert any("libtorch_cpu" in mapped.path for mapped in parent.memory_maps())
+
+
+def test_a_restarted_worker_loads_the_warm_base_before_it_says_ready(site: Stack, version: str) -> None:
+    site.kill_child_of("worker")
+    wait_until(lambda: "warm=1" in site.log("worker").read_text(), "the new child loads the base", seconds=60)
+    (base,) = site.call("GET", "/api/v1/base-models/")["results"]
+    script = "from jobs.models import WorkerProcess as W; print(W.objects.filter(state='ready').first().warm_bases)"
+    wait_until(lambda: base["fingerprint"] in site.manage("shell", "-c", script), "the worker says READY", seconds=30)
+
+
 def test_a_killed_child_is_replaced_and_the_training_ends_with_the_same_bytes(
     site: Stack, version: str, uninterrupted_hash: str
 ) -> None:

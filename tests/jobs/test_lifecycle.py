@@ -206,6 +206,7 @@ def test_checkpoint_progress_makes_losses_harmless(make_job: MakeJob, worker: Wo
     job.refresh_from_db()
     assert job.state == JobState.QUEUED
     assert job.checkpoint_step == 6
+    assert [(a.from_step, a.to_step) for a in job.attempts.all()] == [(n, n + 1) for n in range(6)]
 
 
 def test_a_released_job_waits_again_and_counts_as_no_loss(make_job: MakeJob, worker: WorkerProcess) -> None:
