@@ -46,12 +46,13 @@ class Hold:
             Cancelled: The person asked to stop.
             Paused: This worker is going down.
         """
-        self._progress = {
+        self._progress |= {
             "stage": progress.stage[:60],
             "progress_step": progress.step,
             "progress_total": progress.total,
-            "figures": progress.figures,
         }
+        if progress.figures:  # Otherwise the last loss would go with the first stage that has none.
+            self._progress["figures"] = progress.figures
         self.check()
         if self._shutting_down():
             raise Paused("this worker is shutting down")

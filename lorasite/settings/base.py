@@ -81,6 +81,7 @@ AUTH_PASSWORD_VALIDATORS = [
 SESSION_ENGINE = "django.contrib.sessions.backends.db"
 
 LANGUAGE_CODE = "en"
+FORMAT_MODULE_PATH = "lorasite.formats"
 TIME_ZONE = "UTC"
 USE_TZ = True
 

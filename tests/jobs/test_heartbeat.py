@@ -36,6 +36,16 @@ def test_a_beat_renews_the_lease_and_writes_the_newest_progress(held: tuple[Hear
     assert (job.stage, job.progress_step, job.progress_total, job.figures) == ("training", 3, 9, {"loss": 0.5})
 
 
+def test_a_stage_without_figures_keeps_the_last_ones(held: tuple[Heartbeat, Hold]) -> None:
+    heartbeat, hold = held
+    hold.report(Progress(stage="training", step=9, total=9, figures={"loss": 0.25}))
+    heartbeat.beat()
+    hold.report(Progress(stage="drawing samples", step=1, total=4))
+    heartbeat.beat()
+    job = Job.objects.get(pk=hold.job.pk)
+    assert (job.stage, job.figures) == ("drawing samples", {"loss": 0.25})
+
+
 def test_a_beat_says_that_the_worker_lives_and_what_is_warm(held: tuple[Heartbeat, Hold]) -> None:
     heartbeat, hold = held
     worker = hold.job.worker
