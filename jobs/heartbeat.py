@@ -16,7 +16,8 @@ from django.db import DatabaseError, connection
 
 from core.errors import Cancelled, Interrupted, Paused
 from core.progress import Progress
-from jobs.lifecycle import Claim, leases_renew
+from jobs.leases import leases_renew
+from jobs.lifecycle import Claim
 from jobs.models import WorkerProcess
 from jobs.workers import worker_beat
 

@@ -85,46 +85,6 @@ def _try_claim(job_id: UUID, worker: WorkerProcess) -> Claim | None:
     return Claim(job, token)
 
 
-def leases_renew(
-    holds: dict[UUID, int], progress: dict[UUID, dict[str, Any]] | None = None
-) -> tuple[set[UUID], set[UUID]]:
-    """Renew the leases of one process and carry its progress.
-
-    Args:
-        holds: {job id: token} of everything that the process works on.
-        progress: {job id: columns} to write on the way (stage, progress_step, progress_total, figures).
-
-    Returns:
-        (fenced, cancelled): jobs that this process no longer holds, and jobs that somebody asked to cancel.
-    """
-    if not holds:
-        return set(), set()
-    with transaction.atomic():
-        mine = Q(pk__in=[])
-        for job_id, token in holds.items():
-            mine |= Q(pk=job_id, token=token)
-        Job.objects.leased().filter(mine).update(lease_until=after(settings.LORASITE["LEASE_SECONDS"]))
-        for job_id, columns in (progress or {}).items():
-            Job.objects.leased().filter(pk=job_id, token=holds.get(job_id, -1)).update(**columns)
-        kept = dict(Job.objects.leased().filter(mine).values_list("pk", "cancel_requested_at"))
-    return set(holds) - set(kept), {job_id for job_id, asked in kept.items() if asked is not None}
-
-
-def checkpoint_record(*, job_id: UUID, token: int, step: int, files: dict[str, str]) -> None:
-    """Point the job to its newest stored checkpoint.
-
-    Raises:
-        LeaseLost: This attempt no longer holds the job.
-    """
-    updated = (
-        Job.objects.leased()
-        .filter(pk=job_id, token=token)
-        .update(checkpoint=files, checkpoint_step=step, barren_losses=0)
-    )
-    if not updated:
-        raise LeaseLost(f"job {job_id} is no longer held with token {token}: the checkpoint at step {step} is dropped")
-
-
 def job_uploading(*, job_id: UUID, token: int) -> None:
     """RUNNING → UPLOADING: everything is computed, storing begins. Raises LeaseLost when fenced."""
     with transaction.atomic():

@@ -13,10 +13,10 @@ from unfold.enums import ActionVariant
 from unfold.forms import BaseDialogForm
 
 from core.errors import CoreError
+from jobs.admin.job_history import JobAttemptInline, JobEventInline
 from jobs.admin.readonly import (
     STATE_COLOURS,
     ReadOnlyAdmin,
-    ReadOnlyInline,
     admin_url,
     leave_dialog,
     pretty_json,
@@ -25,32 +25,11 @@ from jobs.admin.readonly import (
 )
 from jobs.errors import JobsError
 from jobs.lifecycle import job_cancel
-from jobs.models import Job, JobAttempt, JobEvent
+from jobs.models import Job
 from jobs.retry import RETRYABLE, job_retry
 from jobs.status import ACTIVE
 
 HEAVY_COLUMNS = ("spec", "checkpoint", "error_traceback")
-
-
-class JobAttemptInline(ReadOnlyInline):
-    """Every try of the job."""
-
-    model = JobAttempt
-    fields = ["token", "worker_name", "started_at", "ended_at", "outcome", "reason", "from_step", "to_step"]
-    readonly_fields = fields
-
-
-class JobEventInline(ReadOnlyInline):
-    """Every change of the job's state."""
-
-    model = JobEvent
-    fields = ["at", "change", "reason", "token"]
-    readonly_fields = fields
-
-    @display(description="Change")
-    def change(self, event: JobEvent) -> SafeString:
-        """From state to state."""
-        return state_change(event)
 
 
 @admin.register(Job)
@@ -255,63 +234,6 @@ class JobAdmin(ReadOnlyAdmin):
             return None
         messages.success(request, f"{job}: submitted again as job {again.pk} for {again.owner}.")
         return again
-
-
-@admin.register(JobAttempt)
-class JobAttemptAdmin(ReadOnlyAdmin):
-    """Tries of all jobs: which workers lose work, and why."""
-
-    list_display = [
-        "__str__",
-        "worker_name",
-        "outcome_column",
-        "reason",
-        "from_step",
-        "to_step",
-        "started_at",
-        "ended_at",
-    ]
-    list_filter = ["outcome", "started_at"]
-    search_fields = ["job__id", "worker_name", "reason"]
-    list_select_related = ["job"]
-
-    @display(
-        description="Outcome",
-        ordering="outcome",
-        label={
-            "succeeded": "success",
-            "failed": "danger",
-            "lost": "danger",
-            "cancelled": "warning",
-            "running": "primary",
-        },
-    )
-    def outcome_column(self, attempt: JobAttempt) -> str:
-        """How it ended."""
-        return attempt.outcome or "running"
-
-
-@admin.register(JobEvent)
-class JobEventAdmin(ReadOnlyAdmin):
-    """State changes of all jobs, newest first: the log of what happened when."""
-
-    list_display = ["at", "job", "change", "reason", "token"]
-    list_filter = ["new_state", "at"]
-    search_fields = ["job__id", "reason"]
-    list_select_related = ["job"]
-    ordering = ["-id"]
-
-    @display(description="Change", ordering="new_state")
-    def change(self, event: JobEvent) -> SafeString:
-        """From state to state."""
-        return state_change(event)
-
-
-def state_change(event: JobEvent) -> SafeString:
-    """Both states as coloured labels."""
-    if not event.old_state:
-        return state_label(event.new_state)
-    return format_html("{} → {}", state_label(event.old_state), state_label(event.new_state))
 
 
 def _result(job: Job) -> Model | None:

@@ -8,9 +8,9 @@ from django.db.models import Max
 
 from core.config import TrainConfig
 from core.manifest import DatasetManifest
-from jobs import lifecycle
 from jobs.artifacts import artifact_put
 from jobs.heartbeat import Hold
+from jobs.leases import checkpoint_record
 from jobs.models import Lora, LoraVersion, TrainingRun
 from jobs.node_cache import node_cache
 from jobs.scratch import scratch_open, scratch_remove
@@ -48,7 +48,7 @@ class TrainWork:
         kept = [path for path in checkpoint.rglob("*") if path.is_file()]
         kept += [path for path in self.folder.rglob("*.png") if path.is_file()]
         files = {path.relative_to(self.folder).as_posix(): artifact_put(path)[0] for path in sorted(kept)}
-        lifecycle.checkpoint_record(job_id=self.hold.job.pk, token=self.hold.token, step=step, files=files)
+        checkpoint_record(job_id=self.hold.job.pk, token=self.hold.token, step=step, files=files)
 
     def store(self) -> None:
         """LoRA files and samples go to the store under their hashes."""

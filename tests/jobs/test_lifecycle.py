@@ -7,7 +7,7 @@ import pytest
 from django.db import IntegrityError, connection, transaction
 from django.utils import timezone
 
-from jobs import lifecycle
+from jobs import leases, lifecycle
 from jobs.errors import Conflict, LeaseLost
 from jobs.models import Job, JobAttempt, User, WorkerProcess
 from jobs.status import TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState
@@ -120,7 +120,7 @@ def test_a_running_job_learns_of_the_cancel_by_its_heartbeat(make_job: MakeJob, 
     job = make_job()
     taken = claim(worker)
     assert lifecycle.job_cancel(job=job) == JobState.RUNNING
-    fenced, cancelled = lifecycle.leases_renew({job.pk: taken.token})
+    fenced, cancelled = leases.leases_renew({job.pk: taken.token})
     assert (fenced, cancelled) == (set(), {job.pk})
     lifecycle.job_cancelled(job_id=job.pk, token=taken.token)
     job.refresh_from_db()
@@ -149,11 +149,11 @@ def test_an_expired_lease_goes_to_the_next_claim_and_the_old_worker_is_fenced(
     other = worker_register(queues=["gpu"], device="cpu")
     successor = claim(other)
     assert successor.token == zombie.token + 1
-    fenced, _ = lifecycle.leases_renew({job.pk: zombie.token})
+    fenced, _ = leases.leases_renew({job.pk: zombie.token})
     assert fenced == {job.pk}
     for write in (
         lambda: lifecycle.job_uploading(job_id=job.pk, token=zombie.token),
-        lambda: lifecycle.checkpoint_record(job_id=job.pk, token=zombie.token, step=9, files={}),
+        lambda: leases.checkpoint_record(job_id=job.pk, token=zombie.token, step=9, files={}),
         lambda: lifecycle.job_fail(job_id=job.pk, token=zombie.token, code="x", message="y"),
     ):
         with pytest.raises(LeaseLost):
@@ -167,8 +167,8 @@ def test_a_zombies_progress_is_not_written_over_its_successors(make_job: MakeJob
     zombie = claim(worker)
     expire_lease(job)
     successor = claim(worker)
-    lifecycle.leases_renew({job.pk: successor.token}, {job.pk: {"progress_step": 7}})
-    lifecycle.leases_renew({job.pk: zombie.token}, {job.pk: {"progress_step": 3}})
+    leases.leases_renew({job.pk: successor.token}, {job.pk: {"progress_step": 7}})
+    leases.leases_renew({job.pk: zombie.token}, {job.pk: {"progress_step": 3}})
     job.refresh_from_db()
     assert job.progress_step == 7
 
@@ -177,7 +177,7 @@ def test_a_renewed_lease_is_not_taken(make_job: MakeJob, worker: WorkerProcess) 
     job = make_job()
     taken = claim(worker)
     expire_lease(job)
-    lifecycle.leases_renew({job.pk: taken.token})
+    leases.leases_renew({job.pk: taken.token})
     assert lifecycle.expired_leases_requeue() == 0
     job.refresh_from_db()
     assert job.state == JobState.RUNNING
@@ -200,7 +200,7 @@ def test_checkpoint_progress_makes_losses_harmless(make_job: MakeJob, worker: Wo
     for step in range(1, 7):
         taken = lifecycle.job_claim(kinds=[JobKind.TRAIN], worker=worker)
         assert taken is not None
-        lifecycle.checkpoint_record(job_id=job.pk, token=taken.token, step=step, files={"a": "b"})
+        leases.checkpoint_record(job_id=job.pk, token=taken.token, step=step, files={"a": "b"})
         expire_lease(job)
         lifecycle.expired_leases_requeue()
     job.refresh_from_db()
