@@ -17,6 +17,7 @@ from core.errors import Cancelled, CoreError, Paused
 from jobs import lifecycle
 from jobs.errors import JobsError, LeaseLost
 from jobs.heartbeat import Fenced, Hold
+from jobs.scratch import scratch_remove
 from jobs.status import JobKind
 from jobs.worker_context import current
 
@@ -101,6 +102,8 @@ def run(hold: Hold, start: Callable[[Hold], JobWork]) -> None:
     except DatabaseError:
         # Nothing can be recorded now. The lease runs out and another worker goes on from the last checkpoint.
         logger.exception("job abandoned id=%s token=%s reason=database", job_id, token)
+    finally:
+        scratch_remove(hold)
     logger.info("job finished id=%s kind=%s token=%s seconds=%.1f", job_id, kind, token, time.monotonic() - began)
 
 

@@ -105,11 +105,13 @@ def _child_starts(**_: Any) -> None:
     from jobs.heartbeat import Heartbeat
     from jobs.models import BaseModel
     from jobs.node_cache import node_cache
+    from jobs.scratch import scratch_sweep
     from jobs.workers import worker_ready, worker_register
 
     die_with_parent()
     serves_gpu = "gpu" in _selected_queues
     device = _device_of_this_child() if serves_gpu else "cpu"
+    scratch_sweep()
     worker = worker_register(queues=_selected_queues, device=device)
     warm_bases: Any = list
     if serves_gpu:

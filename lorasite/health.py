@@ -44,7 +44,7 @@ def readyz(request: HttpRequest) -> JsonResponse:
         problems.append("the database does not answer")
     free_bytes = _free_disk_bytes()
     if free_bytes < 2**30:
-        problems.append(f"only {free_bytes // 2**20} MiB are free under {settings.LORASITE['DATA']}")
+        problems.append(f"only {free_bytes // 2**20} MiB are free in the data folder")
     body = {"status": "ok" if not problems else "degraded", "problems": problems, "workers": workers}
     return JsonResponse(body, status=200 if not problems else 503)
 

@@ -8,7 +8,7 @@ from jobs.artifacts import artifact_put
 from jobs.heartbeat import Hold
 from jobs.models import GeneratedImage, GenerationRequest
 from jobs.node_cache import node_cache
-from jobs.scratch import scratch_open, scratch_remove
+from jobs.scratch import scratch_open
 
 
 class GenerateWork:
@@ -39,7 +39,6 @@ class GenerateWork:
         for picture in self.pictures:
             self.hold.check()
             self.stored.append((picture, *artifact_put(picture.path)))
-        scratch_remove(self.hold)
 
     def record(self) -> None:
         """The pictures become visible."""

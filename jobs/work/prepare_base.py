@@ -7,7 +7,7 @@ from typing import Any
 from jobs.artifacts import artifact_put
 from jobs.heartbeat import Hold
 from jobs.models import BaseModel
-from jobs.scratch import scratch_open, scratch_remove
+from jobs.scratch import scratch_open
 
 
 class PrepareBaseWork:
@@ -29,7 +29,6 @@ class PrepareBaseWork:
             if path.is_file():
                 self.hold.check()
                 self.files[path.relative_to(self.folder).as_posix()] = artifact_put(path)[0]
-        scratch_remove(self.hold)
 
     def record(self) -> None:
         """From now on jobs may use this base."""

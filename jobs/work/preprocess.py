@@ -10,7 +10,7 @@ from jobs.errors import LeaseLost
 from jobs.heartbeat import Hold
 from jobs.models import DatasetVersion
 from jobs.node_cache import node_cache
-from jobs.scratch import scratch_open, scratch_remove
+from jobs.scratch import scratch_open
 
 
 class PreprocessWork:
@@ -42,7 +42,6 @@ class PreprocessWork:
         for image in self.result.manifest.images:
             self.hold.check()
             artifact_put(self.images_folder / f"{image.sha256}.png")
-        scratch_remove(self.hold)
 
     def record(self) -> None:
         """Freeze the version."""

@@ -13,7 +13,7 @@ from jobs.heartbeat import Hold
 from jobs.leases import checkpoint_record
 from jobs.models import Lora, LoraVersion, TrainingRun
 from jobs.node_cache import node_cache
-from jobs.scratch import scratch_open, scratch_remove
+from jobs.scratch import scratch_open
 
 
 class TrainWork:
@@ -61,7 +61,6 @@ class TrainWork:
             self.hold.check()
             sha256 = artifact_put(sample.path)[0]
             self.samples.append({"step": sample.step, "prompt": sample.prompt, "sha256": sha256})
-        scratch_remove(self.hold)
 
     def record(self) -> None:
         """The LoRA version becomes visible."""

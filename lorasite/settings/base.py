@@ -109,7 +109,7 @@ if ENVIRONMENT.storage == "s3":
     }
 else:
     _artifacts = {
-        "BACKEND": "django.core.files.storage.FileSystemStorage",
+        "BACKEND": "jobs.local_storage.LocalArtifactStorage",
         "OPTIONS": {"location": DATA / "storage", "file_permissions_mode": 0o600, "directory_permissions_mode": 0o700},
     }
 STORAGES = {
