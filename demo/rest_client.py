@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class RestClient:
 
     def __init__(self, site: str, key: str) -> None:
         self.site, self._key = site.rstrip("/"), key
+        self._open_jobs: set[str] = set()
 
     def get(self, path: str) -> Any:
         """JSON of one address; `path` may start with "/" or be relative to /api/v1/."""
@@ -44,9 +46,15 @@ class RestClient:
             path = page["next"] or ""
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """Send JSON. A repeated try of the same call makes nothing twice, thanks to its idempotency key."""
+        """Send JSON."""
+        return json.loads(self._send("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"}))
+
+    def submit(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Send JSON that makes a job; returns the job. `cancel_open_jobs` knows it until it is waited for."""
         headers = {"Content-Type": "application/json", "Idempotency-Key": uuid.uuid4().hex}
-        return json.loads(self._send("POST", path, json.dumps(body).encode(), headers))
+        job: dict[str, Any] = json.loads(self._send("POST", path, json.dumps(body).encode(), headers))
+        self._open_jobs.add(job["id"])
+        return job
 
     def upload(self, path: str, files: Sequence[Path]) -> Any:
         """Send files as the parts `files` of one multipart request."""
@@ -77,10 +85,18 @@ class RestClient:
             time.sleep(0.5)
             job = self.get(f"jobs/{job['id']}/")
             watch(job)
+        self._open_jobs.discard(job["id"])
         if job["state"] != "succeeded":
             error = job.get("error") or {}
             raise ApiError(f"job {job['id']} ended {job['state']}: {error.get('message') or 'no reason given'}")
         return job
+
+    def cancel_open_jobs(self) -> None:
+        """Cancel what was submitted and has not ended, as far as the studio still answers."""
+        for job_id in sorted(self._open_jobs):
+            with suppress(ApiError):
+                self.post(f"jobs/{job_id}/cancel/", {})
+        self._open_jobs.clear()
 
     def _send(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> bytes:
         if path.startswith("/"):

@@ -7,6 +7,7 @@ Ends with one line that says what came out; exit code 1 and a plain reason where
 
 import argparse
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -51,7 +52,6 @@ def run_demo(studio: StudioProcess, recipe: Recipe, line: ProgressLine) -> str:
         StudioError, ApiError: A stage failed; `line.stage` names it.
     """
     started = time.monotonic()
-    results = studio.data / "results" / time.strftime("%Y%m%d-%H%M%S")
 
     line.start("studio")
     line.update("starting")
@@ -60,6 +60,26 @@ def run_demo(studio: StudioProcess, recipe: Recipe, line: ProgressLine) -> str:
     client = RestClient(studio.site, key)
     line.done(f"ready at {studio.site}")
 
+    try:
+        result = _make_result(client, recipe, studio.data / "results" / time.strftime("%Y%m%d-%H%M%S"), line)
+    except (KeyboardInterrupt, ApiError):
+        client.cancel_open_jobs()  # else the next start of the studio would go on with them before anything new
+        raise
+
+    line.start("report")
+    report = studio.data / REPORT_NAME
+    report.write_text(render_report(result), encoding="utf-8")
+    line.done(
+        f"distance to the LoRA's pictures {result.before.mean:.3f} without, {result.after.mean:.3f} with: "
+        f"fell by {result.fall:.0f} %"
+    )
+    seconds = time.monotonic() - started
+    lora, images = _shown(result.lora_file), len(result.pairs)
+    return f"demo: ok lora={lora} images={images} report={_shown(report)} seconds={seconds:.0f}"
+
+
+def _make_result(client: RestClient, recipe: Recipe, results: Path, line: ProgressLine) -> DemoResult:
+    """Everything that goes through REST, into the folder `results`."""
     line.start("base model")
     _wait_for_base_model(client, line)
     line.done(f"{BASE_MODEL} is prepared")
@@ -74,22 +94,21 @@ def run_demo(studio: StudioProcess, recipe: Recipe, line: ProgressLine) -> str:
     line.done(f"{len(answer['images'])} pictures with captions")
 
     line.start("preprocess")
-    job = client.post(f"datasets/{dataset['id']}/preprocess/", recipe.preprocess.dump())
+    job = client.submit(f"datasets/{dataset['id']}/preprocess/", recipe.preprocess.dump())
     version = client.get(client.wait_for_job(job, line.update_from_job)["result"]["url"])
     line.done(f"{version['image_count']} pictures at {recipe.preprocess.resolution} px")
 
     line.start("train")
     lora = _train(client, recipe, version["id"], results, line)
-    line.done(f"{len(lora.losses)} steps, loss {lora.losses[0]:.2f} to {sum(lora.losses[-20:]) / 20:.2f}")
+    line.done(f"{len(lora.losses)} steps, loss {lora.losses[0]:.2f} to {statistics.mean(lora.losses[-20:]):.2f}")
 
     line.start("draw")
     before = _draw(client, recipe, [], results / "without", line)
     after = _draw(client, recipe, [{"lora": lora.version_id, "weight": recipe.lora_weight}], results / "with", line)
     line.done(f"{len(before)} pictures without and {len(after)} with the LoRA")
 
-    line.start("report")
     dataset_pictures = _open_all(recipe.pictures)
-    result = DemoResult(
+    return DemoResult(
         base_model=BASE_MODEL,
         lora_file=lora.file,
         pictures=[(file, file.with_suffix(".txt").read_text(encoding="utf-8").strip()) for file in recipe.pictures],
@@ -105,14 +124,6 @@ def run_demo(studio: StudioProcess, recipe: Recipe, line: ProgressLine) -> str:
         after=distance_to_dataset(_open_all(after), dataset_pictures),
         seconds=dict(line.seconds),
     )
-    report = studio.data / REPORT_NAME
-    report.write_text(render_report(result), encoding="utf-8")
-    line.done(
-        f"distance to the LoRA's pictures {result.before.mean:.3f} without, {result.after.mean:.3f} with: "
-        f"fell by {result.fall:.0f} %"
-    )
-    seconds = time.monotonic() - started
-    return f"demo: ok lora={_shown(lora.file)} images={len(after)} report={_shown(report)} seconds={seconds:.0f}"
 
 
 def _wait_for_base_model(client: RestClient, line: ProgressLine) -> None:
@@ -137,7 +148,7 @@ def _train(client: RestClient, recipe: Recipe, version_id: str, results: Path, l
         "lora_name": "blueprint",
         "config": recipe.train.dump(),
     }
-    job = client.wait_for_job(client.post("trainings/", wish), line.update_from_job)
+    job = client.wait_for_job(client.submit("trainings/", wish), line.update_from_job)
     training = client.get(job["request"]["url"])
     lora_version = training["lora_version"]
     file = client.download(f"lora-versions/{lora_version}/file/", results / "blueprint.safetensors")
@@ -156,7 +167,7 @@ def _draw(
     client: RestClient, recipe: Recipe, loras: list[dict[str, Any]], folder: Path, line: ProgressLine
 ) -> list[Path]:
     """One picture per prompt. All requests are sent first, so that the worker can batch them."""
-    jobs = [client.post("generations/", _wish(recipe, fixed, loras)) for fixed in recipe.prompts]
+    jobs = [client.submit("generations/", _wish(recipe, fixed, loras)) for fixed in recipe.prompts]
     files: list[Path] = []
     for fixed, job in zip(recipe.prompts, jobs, strict=True):
         line.update(f"{folder.name} the LoRA: {len(files)} of {len(jobs)}, {fixed.thing}")

@@ -22,7 +22,7 @@ class Api(BaseHTTPRequestHandler):
         if self.path.startswith("/api/v1/jobs/"):
             state = self.job_states.pop(0)
             error = {"code": "diverged", "message": "the loss became NaN"} if state == "failed" else None
-            self.answer(200, {"id": "j", "state": state, "error": error})
+            self.answer(200, {"id": self.path.split("/")[4], "state": state, "error": error})
         elif self.path == "/api/v1/things/":
             self.answer(200, {"results": [1, 2], "next": f"http://{self.headers['Host']}/api/v1/things/?cursor=b"})
         elif self.path == "/api/v1/things/?cursor=b":
@@ -36,6 +36,8 @@ class Api(BaseHTTPRequestHandler):
         if self.path == "/api/v1/trainings/":
             fields = {"steps": ["must be at least 1"]}
             self.answer(400, {"code": "invalid", "message": "one field is wrong", "fields": fields})
+        elif self.path == "/api/v1/generations/":
+            self.answer(202, {"id": f"job-{len(self.received)}", "state": "queued"})
         else:
             self.answer(201, {"ok": True})
 
@@ -66,11 +68,11 @@ def test_lists_are_read_page_after_page(client: RestClient) -> None:
     assert list(client.all("things/")) == [1, 2, 3]
 
 
-def test_a_post_carries_the_key_and_an_idempotency_key_of_its_own(client: RestClient) -> None:
+def test_a_job_is_submitted_with_the_key_and_an_idempotency_key_of_its_own(client: RestClient) -> None:
     for _ in range(2):
-        client.post("datasets/", {"name": "a"})
+        client.submit("generations/", {"prompt": "a"})
     (path, first, body), (_, second, _) = Api.received
-    assert (path, json.loads(body)) == ("/api/v1/datasets/", {"name": "a"})
+    assert (path, json.loads(body)) == ("/api/v1/generations/", {"prompt": "a"})
     assert first["Authorization"] == "Bearer lrs_key"
     assert first["Idempotency-Key"] != second["Idempotency-Key"]
 
@@ -104,6 +106,16 @@ def test_a_failed_job_raises_its_own_sentence(client: RestClient) -> None:
     Api.job_states = ["failed"]
     with pytest.raises(ApiError, match="job j ended failed: the loss became NaN"):
         client.wait_for_job({"id": "j", "state": "running"}, lambda _: None)
+
+
+def test_only_jobs_that_have_not_ended_are_cancelled_and_only_once(client: RestClient) -> None:
+    ended, open_ = client.submit("generations/", {}), client.submit("generations/", {})
+    Api.job_states = ["succeeded"]
+    client.wait_for_job(ended, lambda _: None)
+    Api.received.clear()
+    client.cancel_open_jobs()
+    client.cancel_open_jobs()
+    assert [path for path, _, _ in Api.received] == [f"/api/v1/jobs/{open_['id']}/cancel/"]
 
 
 def test_the_key_is_never_sent_to_another_site(client: RestClient) -> None:
