@@ -32,7 +32,11 @@ FOR_JOBS = {"422": "The Idempotency-Key was used for another request."}
 
 
 class StudioSchema(AutoSchema):
-    """AutoSchema that documents the errors of every operation."""
+    """AutoSchema that names every operation in a few words and documents its errors."""
+
+    def get_summary(self) -> str | None:
+        """The first sentence of the operation's description, so that the list of operations can be read."""
+        return (self.get_description() or "").split(". ")[0].split("\n")[0].rstrip(".") or None
 
     def get_operation(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """As the parent's, plus the error answers that this operation can give."""

@@ -138,6 +138,7 @@ SPECTACULAR_SETTINGS = {
     # The request bodies are pydantic's JSON Schema, which 3.0 cannot say in full (null, exclusive limits).
     "OAS_VERSION": "3.1.0",
     "ENUM_NAME_OVERRIDES": {"JobState": "jobs.status.JobState"},
+    "SCHEMA_PATH_PREFIX": "/api/v1/",  # operations are grouped by what follows
     "SERVE_INCLUDE_SCHEMA": False,
     "SWAGGER_UI_DIST": "SIDECAR",
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
