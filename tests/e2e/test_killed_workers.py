@@ -56,6 +56,25 @@ def test_the_parent_holds_the_heavy_libraries_so_that_a_new_child_need_not_load_
     assert any("libtorch_cpu" in mapped.path for mapped in parent.memory_maps())
 
 
+def test_a_cpu_worker_prepares_datasets_without_ever_loading_torch(site: Stack, version: str) -> None:
+    site.start_worker("cpu-only", queues="cpu")
+    wait_until(lambda: "cpu-only@" in site.log("cpu-only").read_text(), "the cpu worker starts", seconds=30)
+    parent = psutil.Process(site.processes["cpu-only"].pid)
+    done = ""
+
+    def has_worked() -> bool:
+        nonlocal done
+        prepare_again = site.call("GET", f"/api/v1/dataset-versions/{version}/")["dataset"]
+        body = {"resolution": 64, "bucket_step_px": 8}
+        job = site.wait_for_job(site.call("POST", f"/api/v1/datasets/{prepare_again}/preprocess/", body))
+        done = job["attempts"][-1]["worker"]
+        return int(done.rsplit(":", 1)[1]) in {child.pid for child in parent.children()}
+
+    wait_until(has_worked, "a job of queue cpu goes to the cpu worker", seconds=60, log=site.log("cpu-only"))
+    for process in (parent, *parent.children()):
+        assert not [mapped.path for mapped in process.memory_maps() if "libtorch" in mapped.path]
+
+
 def test_a_restarted_worker_loads_the_warm_base_before_it_says_ready(site: Stack, version: str) -> None:
     site.kill_child_of("worker")
     wait_until(lambda: "warm=1" in site.log("worker").read_text(), "the new child loads the base", seconds=60)
