@@ -24,6 +24,21 @@ def lease_outlives_heartbeat(**_: Any) -> list[CheckMessage]:
 
 
 @register()
+def secret_key_is_secret(**_: Any) -> list[CheckMessage]:
+    """The known development key signs sessions that anybody could forge: it may serve this machine alone."""
+    others = sorted(set(settings.ALLOWED_HOSTS) - {"localhost", "127.0.0.1", "[::1]", "testserver"})
+    if not settings.SECRET_KEY.startswith("development-only-") or not others:
+        return []
+    return [
+        Error(
+            f"LORASITE_SECRET_KEY is not set, but the site answers to {', '.join(others)}",
+            hint="Set it: python -c 'import secrets; print(secrets.token_urlsafe(64))'",
+            id="jobs.E003",
+        )
+    ]
+
+
+@register()
 def python_is_patched(**_: Any) -> list[CheckMessage]:
     """CPython before 3.11.14 lacks fixes of its zip reader (CVE-2024-0450, CVE-2025-8291)."""
     floors = {(3, 11): 14, (3, 12): 12, (3, 13): 10, (3, 14): 1}
