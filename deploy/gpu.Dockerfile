@@ -1,23 +1,24 @@
 # Workers with a GPU (`-Q gpu`).
 #   docker build -f deploy/gpu.Dockerfile -t lorasite-gpu .
-# For machines without a GPU (several GB smaller):
+# For machines without a GPU:
 #   docker build -f deploy/gpu.Dockerfile -t lorasite-gpu --build-arg BASE=ubuntu:24.04 \
 #     --build-arg REQUIREMENTS=gpu.txt --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
+# The torch wheels bring their own CUDA libraries; the base image only opens the way to the driver.
 ARG BASE=nvidia/cuda:12.8.1-base-ubuntu24.04
+FROM ghcr.io/astral-sh/uv:0.13.9 AS uv
 FROM ${BASE}
 ARG REQUIREMENTS=cuda.txt
-# The default index holds the CUDA build of the pinned torch.
+# Chooses the torch build: PyPI holds the default CUDA build, https://download.pytorch.org/whl/cu... the others.
 ARG TORCH_INDEX=https://pypi.org/simple
 
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    DEBIAN_FRONTEND=noninteractive PATH=/opt/venv/bin:$PATH
+    UV_PYTHON_INSTALL_DIR=/opt/python PATH=/opt/venv/bin:$PATH
 
-RUN apt-get update \
- && apt-get install -y --no-install-recommends python3 python3-venv \
- && rm -rf /var/lib/apt/lists/* \
- && python3 -m venv /opt/venv \
- && useradd --system --uid 10001 --create-home --home-dir /home/lorasite lorasite \
- && install --directory --owner=lorasite --group=lorasite /data
+# Python 3.11, the version that the pins were tried on; Ubuntu's own is another one.
+RUN --mount=type=bind,from=uv,source=/uv,target=/usr/local/bin/uv \
+    uv python install 3.11 && uv venv --seed --python 3.11 /opt/venv
+RUN ["useradd", "--system", "--uid", "10001", "--create-home", "--home-dir", "/home/lorasite", "lorasite"]
+RUN ["install", "--directory", "--owner=lorasite", "--group=lorasite", "/data"]
 
 WORKDIR /app
 COPY requirements requirements

@@ -1,4 +1,4 @@
-# The web tier, the dispatcher and `-Q cpu` workers: no torch, some 300 MB.
+# The web tier, the dispatcher and `-Q cpu` workers: no torch.
 #   docker build -f deploy/web.Dockerfile -t lorasite-web .
 FROM python:3.11-slim-bookworm
 
@@ -19,6 +19,12 @@ COPY lorasite lorasite
 
 ENV DJANGO_SETTINGS_MODULE=lorasite.settings.production LORASITE_DATA=/data
 USER lorasite
+# Static files need no real secret; this key ends with the line. A volume over /data hides them: run collectstatic there.
+RUN LORASITE_SECRET_KEY="$(python -c 'import secrets; print(secrets.token_urlsafe(64))')" \
+    python manage.py collectstatic --noinput --verbosity 0
 EXPOSE 8000
+# LORASITE_ALLOWED_HOSTS must hold "localhost". Turn it off where this image runs something else than the web process.
+HEALTHCHECK --interval=15s --timeout=6s --start-period=20s \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://localhost:8000/healthz', timeout=5)"]
 # Behind a TLS proxy only: the proxy sets X-Forwarded-Proto.
 CMD ["uvicorn", "lorasite.asgi:application", "--host", "0.0.0.0", "--port", "8000", "--no-access-log", "--timeout-graceful-shutdown", "20"]

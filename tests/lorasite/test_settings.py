@@ -1,8 +1,10 @@
 """Settings: production refuses weak values, the web tier needs no broker, `deploy/env.example` is complete."""
 
 import os
+import secrets
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -46,6 +48,17 @@ def test_production_with_a_strong_secret_sends_cookies_over_tls_only() -> None:
     )
     done = interpreter(code, LORASITE_SECRET_KEY=STRONG)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_deployment_check_of_production_finds_no_error(tmp_path: Path) -> None:
+    code = (
+        "from django.core.management import execute_from_command_line as run; "
+        "run(['manage.py', 'check', '--deploy', '--fail-level', 'ERROR'])"
+    )
+    variables = {"DJANGO_SETTINGS_MODULE": "lorasite.settings.production", "LORASITE_DATA": str(tmp_path)}
+    done = interpreter(code, LORASITE_SECRET_KEY=secrets.token_urlsafe(64), **variables)
+    assert done.returncode == 0, done.stderr
+    assert "System check identified" in done.stdout + done.stderr
 
 
 def test_the_web_process_loads_without_a_broker_and_without_torch() -> None:
