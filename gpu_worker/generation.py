@@ -1,6 +1,5 @@
 """Generation inside a worker: warm pipeline, cached LoRA files, then `core.generate`."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,6 @@ from core.progress import Report
 from core.text_encoding import resolve_clip_skip
 from gpu_worker import runtime
 from gpu_worker.settings import BaseRef, Fetch
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

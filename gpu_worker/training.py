@@ -1,6 +1,5 @@
 """Training inside a worker: its own model beside the pool's, then `core.train`."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from core.progress import Report
 from core.train import TrainResult, train
 from gpu_worker import runtime
 from gpu_worker.settings import BaseRef, Fetch
-
-logger = logging.getLogger(__name__)
 
 
 def run_training(
