@@ -14,7 +14,7 @@ from django.db import DatabaseError, connection, transaction
 from django.db.models import F, Q
 from django.db.models.functions import Now
 
-from jobs import lifecycle
+from jobs import recovery
 from jobs.database_clock import after
 from jobs.doorbells import Doorbells
 from jobs.models import LeaderLease
@@ -96,8 +96,8 @@ class Dispatcher:
         return bool(led)
 
     def _sweep(self) -> None:
-        lost = lifecycle.expired_leases_requeue()
-        expired = lifecycle.queued_past_deadline_expire()
+        lost = recovery.expired_leases_requeue()
+        expired = recovery.queued_past_deadline_expire()
         gone = silent_workers_mark_gone()
         if lost or expired or gone:
             logger.info("sweep lost_leases=%d expired_jobs=%d silent_workers=%d", lost, expired, gone)

@@ -15,6 +15,7 @@ from django.db import DatabaseError, transaction
 
 from core.errors import Cancelled, CoreError, Paused
 from jobs import lifecycle
+from jobs.claims import job_claim
 from jobs.errors import JobsError, LeaseLost
 from jobs.heartbeat import Fenced, Hold
 from jobs.scratch import scratch_remove
@@ -49,7 +50,7 @@ def drain(kind: JobKind, start: Callable[[Hold], JobWork]) -> None:
     context = current()
     end = time.monotonic() + settings.LORASITE["DRAIN_SECONDS"]
     while time.monotonic() < end and not context.shutdown.is_raised:
-        claim = lifecycle.job_claim(kinds=[kind], worker=context.worker)
+        claim = job_claim(kinds=[kind], worker=context.worker)
         if claim is None:
             return
         with context.heartbeat.holding(claim) as hold:

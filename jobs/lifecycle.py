@@ -1,27 +1,26 @@
 """The only writer of job states: guarded updates with a fencing token, an event in the same transaction.
 
 A worker's write names the token that its claim returned; when the row does not match, the attempt is fenced and
-`LeaseLost` is raised.
+`LeaseLost` is raised. Which job to take is decided in `jobs/claims.py`, what crashed is found by `jobs/recovery.py`.
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 from django.conf import settings
-from django.db import connection, transaction
+from django.db import transaction
 from django.db.models import F, Q
 from django.db.models.functions import Now
 
+from core.failpoints import side_effect
 from jobs.database_clock import after
 from jobs.errors import Conflict, InvalidTransition, LeaseLost
 from jobs.models import Job, JobAttempt, JobEvent, WorkerProcess
-from jobs.queue import claimable_candidates, recent_owner_seconds
-from jobs.scheduling import claim_order
 from jobs.status import LEASED, TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState, sources_of
+from jobs.usage import usage_add
 
 logger = logging.getLogger(__name__)
 
@@ -37,51 +36,46 @@ class Claim:
     token: int
 
 
-def job_claim(*, kinds: Sequence[str], worker: WorkerProcess) -> Claim | None:
-    """Take the best claimable job of these kinds, or None.
-
-    Expired leases go back to the queue first, so that lost work is found by the next claim and not only by the sweep.
-    """
-    expired_leases_requeue(kinds=kinds)
-    for candidate in claim_order(
-        claimable_candidates(kinds), owner_seconds=recent_owner_seconds(), warm_bases=frozenset(worker.warm_bases)
-    ):
-        claim = _try_claim(candidate.job_id, worker)
-        if claim is not None:
-            return claim
-    return None
+def job_created(job: Job) -> None:
+    """Record the birth of a job; call in the transaction that inserted it."""
+    with side_effect("job.created"):
+        JobEvent.objects.create(job=job, at=Now(), old_state="", new_state=JobState.QUEUED, token=0, reason="submitted")
 
 
-@transaction.atomic
-def _try_claim(job_id: UUID, worker: WorkerProcess) -> Claim | None:
-    rows = Job.objects.claimable().filter(pk=job_id)
-    if connection.features.has_select_for_update_skip_locked:
-        # Another worker is claiming this very row: take the next one instead of waiting for it.
-        rows = rows.select_for_update(skip_locked=True, of=("self",))
-    job = rows.first()
-    if job is None:
-        return None
+def job_take(*, job: Job, worker: WorkerProcess) -> Claim | None:
+    """QUEUED → RUNNING with a new token, or None when somebody else was faster. Must run inside a transaction."""
     token = job.token + 1
-    claimed = (
-        Job.objects.claimable()
-        .filter(pk=job_id, token=job.token)
-        .update(
-            state=JobState.RUNNING,
+    with side_effect("job.take"):
+        taken = (
+            Job.objects.claimable()
+            .filter(pk=job.pk, token=job.token)
+            .update(
+                state=JobState.RUNNING,
+                token=token,
+                worker=worker,
+                lease_until=after(settings.LORASITE["LEASE_SECONDS"]),
+                attempts_count=F("attempts_count") + 1,
+                started_at=job.started_at or Now(),
+                yield_requested_at=None,
+                stage="starting",
+            )
+        )
+    if not taken:
+        return None
+    with side_effect("attempt.open"):
+        JobAttempt.objects.create(
+            job=job,
             token=token,
             worker=worker,
-            lease_until=after(settings.LORASITE["LEASE_SECONDS"]),
-            attempts_count=F("attempts_count") + 1,
-            started_at=job.started_at or Now(),
-            stage="starting",
+            worker_name=str(worker),
+            started_at=Now(),
+            from_step=job.checkpoint_step,
+            memory_rung=job.memory_rung,
         )
-    )
-    if not claimed:
-        return None
-    JobAttempt.objects.create(
-        job=job, token=token, worker=worker, worker_name=str(worker), started_at=Now(), from_step=job.checkpoint_step
-    )
-    _record(job_id, JobState.QUEUED, JobState.RUNNING, token, f"claimed by {worker}")
-    job.refresh_from_db()
+    _record(job.pk, JobState.QUEUED, JobState.RUNNING, token, f"claimed by {worker}")
+    # As the row is now, without reading it once more.
+    job.state, job.token, job.worker = JobState.RUNNING, token, worker
+    job.attempts_count += 1
     return Claim(job, token)
 
 
@@ -99,31 +93,83 @@ def job_succeed(*, job_id: UUID, token: int) -> None:
 
 def job_fail(*, job_id: UUID, token: int, code: str, message: str, traceback: str = "") -> None:
     """RUNNING or UPLOADING → FAILED with a code and a sentence. Raises LeaseLost when fenced."""
+    error: dict[str, Any] = {"error_code": code, "error_message": message, "error_traceback": traceback}
     with transaction.atomic():
-        _change(
-            job_id,
-            JobState.FAILED,
-            token=token,
-            reason=f"{code}: {message}",
-            error_code=code,
-            error_message=message,
-            error_traceback=traceback,
-        )
+        _change(job_id, JobState.FAILED, token=token, reason=f"{code}: {message}", **error)
         _close_attempt(job_id, token, AttemptOutcome.FAILED, message)
 
 
-def job_release(*, job_id: UUID, token: int, reason: str, delay_seconds: float = 0.0) -> None:
-    """RUNNING or UPLOADING → QUEUED on the worker's own wish: no loss, no failure. Raises LeaseLost when fenced."""
+def job_release(
+    *,
+    job_id: UUID,
+    token: int,
+    reason: str,
+    outcome: AttemptOutcome = AttemptOutcome.RELEASED,
+    delay_seconds: float = 0.0,
+    **columns: Any,
+) -> None:
+    """RUNNING or UPLOADING → QUEUED on the worker's own wish: neither a loss nor a failure of the job.
+
+    Args:
+        outcome: How this try is remembered.
+        delay_seconds: Not claimed again before this time has passed.
+        columns: Further columns of the job to write, such as a counter of its retries.
+
+    Raises:
+        LeaseLost: Fenced.
+    """
+    columns |= {"not_before": after(delay_seconds) if delay_seconds else None, "queued_at": Now()}
     with transaction.atomic():
-        _change(
-            job_id,
-            JobState.QUEUED,
-            token=token,
-            reason=reason,
-            stage="waiting to go on",
-            not_before=after(delay_seconds) if delay_seconds else None,
+        _change(job_id, JobState.QUEUED, token=token, reason=reason, stage="waiting to go on", **columns)
+        _close_attempt(job_id, token, outcome, reason)
+
+
+def job_preempted(*, job_id: UUID, token: int, reason: str) -> None:
+    """RUNNING → QUEUED to make room for interactive work; counts neither as a try nor as a loss. Raises LeaseLost."""
+    job_release(
+        job_id=job_id,
+        token=token,
+        reason=f"preempted: {reason}",
+        outcome=AttemptOutcome.PREEMPTED,
+        yielded_at=Now(),
+        yield_requested_at=None,
+        attempts_count=F("attempts_count") - 1,
+    )
+
+
+def job_lost(
+    *, job: Job, reason: str, outcome: AttemptOutcome = AttemptOutcome.LOST, only_expired: bool = True
+) -> JobState | None:
+    """This try is gone: back to the queue, CANCELLED where that was asked, FAILED(poison) at the third barren loss.
+
+    Args:
+        job: As it was read; its token guards the write.
+        only_expired: The lease must have run out by the database's clock. False: the holder itself gives up.
+
+    Returns:
+        The new state; None when the job was renewed or ended in the meantime.
+    """
+    barren = job.barren_losses + 1
+    where = Q(lease_until__lt=Now()) if only_expired else Q()
+    target = JobState.QUEUED
+    columns: dict[str, Any] = {"barren_losses": barren, "queued_at": Now(), "stage": "waiting to go on"}
+    if job.cancel_requested_at is not None:
+        target, columns = JobState.CANCELLED, {"stage": ""}
+    elif barren >= MAX_BARREN_LOSSES:
+        message = (
+            f"The job took its worker down {barren} times without any progress, so it is not tried again. "
+            "Change its settings (smaller pictures, smaller batch), or ask an operator for the worker's log."
         )
-        _close_attempt(job_id, token, AttemptOutcome.RELEASED, reason)
+        target = JobState.FAILED
+        columns = {"barren_losses": barren, "error_code": "poison", "error_message": message}
+    told = {JobState.CANCELLED: "cancelled; ", JobState.FAILED: "poison: "}.get(target, "lost: ") + reason
+    try:
+        with transaction.atomic():
+            _change(job.pk, target, token=job.token, where=where, reason=told, **columns)
+            _close_attempt(job.pk, job.token, outcome, reason)
+    except LeaseLost:
+        return None
+    return target
 
 
 def job_cancelled(*, job_id: UUID, token: int) -> None:
@@ -152,7 +198,8 @@ def job_cancel(*, job: Job) -> JobState:
                 pass  # A worker claimed it between the two statements: ask that worker instead.
             else:
                 return JobState.CANCELLED
-        asked = Job.objects.active().filter(pk=job.pk).update(cancel_requested_at=Now())
+        with side_effect("job.ask_cancel"):
+            asked = Job.objects.active().filter(pk=job.pk).update(cancel_requested_at=Now())
     state = JobState(Job.objects.values_list("state", flat=True).get(pk=job.pk))
     if not asked:
         raise Conflict(f"this job has already ended ({state.label.lower()}); nothing to cancel")
@@ -160,79 +207,24 @@ def job_cancel(*, job: Job) -> JobState:
     return state
 
 
-def expired_leases_requeue(*, kinds: Sequence[str] | None = None) -> int:
-    """Close every attempt whose lease ran out; the job goes back to the queue, ends as cancelled, or as poison.
-
-    Returns:
-        Number of leases closed.
-    """
-    expired = Job.objects.lease_expired()
-    if kinds is not None:
-        expired = expired.filter(kind__in=kinds)
-    closed = 0
-    for job in list(expired[:100]):
-        closed += _lose(job)
-    return closed
-
-
-def _lose(job: Job) -> bool:
-    barren = job.barren_losses + 1
-    reason = f"worker {job.worker or 'gone'} was not heard for {settings.LORASITE['LEASE_SECONDS']:g} s"
-    still_expired = Q(lease_until__lt=Now())
+def job_expire(*, job_id: UUID, reason: str) -> bool:
+    """QUEUED → EXPIRED; False when it no longer waits."""
     try:
         with transaction.atomic():
-            if job.cancel_requested_at is not None:
-                _change(job.pk, JobState.CANCELLED, token=job.token, where=still_expired, reason="cancelled; " + reason)
-            elif barren >= MAX_BARREN_LOSSES:
-                message = (
-                    f"The job took its worker down {barren} times without any progress, so it is not tried again. "
-                    "Change its settings (smaller pictures, smaller batch), or ask an operator for the worker's log."
-                )
-                _change(
-                    job.pk,
-                    JobState.FAILED,
-                    token=job.token,
-                    where=still_expired,
-                    reason="poison: " + reason,
-                    error_code="poison",
-                    error_message=message,
-                    barren_losses=barren,
-                )
-            else:
-                _change(
-                    job.pk,
-                    JobState.QUEUED,
-                    token=job.token,
-                    where=still_expired,
-                    reason="lost: " + reason,
-                    stage="waiting to go on",
-                    barren_losses=barren,
-                )
-            _close_attempt(job.pk, job.token, AttemptOutcome.LOST, reason)
+            _change(job_id, JobState.EXPIRED, sources={JobState.QUEUED}, reason=reason, stage="")
     except LeaseLost:
-        return False  # Renewed or closed by somebody else in the meantime.
+        return False
     return True
 
 
-def queued_past_deadline_expire() -> int:
-    """QUEUED jobs past their deadline become EXPIRED. Returns how many."""
-    late = Job.objects.filter(state=JobState.QUEUED, deadline__lt=Now())
-    expired = 0
-    for job_id in list(late.values_list("pk", flat=True)[:100]):
+def job_cancel_waiting(*, job_id: UUID) -> bool:
+    """QUEUED → CANCELLED for a job whose cancel was asked while a worker held it; False when it no longer waits."""
+    try:
         with transaction.atomic():
-            try:
-                _change(
-                    job_id, JobState.EXPIRED, sources={JobState.QUEUED}, reason="waited past its deadline", stage=""
-                )
-            except LeaseLost:
-                continue
-        expired += 1
-    return expired
-
-
-def job_created(job: Job) -> None:
-    """Record the birth of a job; call in the transaction that inserted it."""
-    JobEvent.objects.create(job=job, at=Now(), old_state="", new_state=JobState.QUEUED, token=0, reason="submitted")
+            _change(job_id, JobState.CANCELLED, sources={JobState.QUEUED}, reason="cancelled while waiting", stage="")
+    except LeaseLost:
+        return False
+    return True
 
 
 def _change(
@@ -258,13 +250,15 @@ def _change(
     if token is not None:
         row = row.filter(token=token)
     old = row.values_list("state", "token").first()
+    changed = 0
     if old is not None:
         if target not in LEASED:
             columns |= {"lease_until": None, "worker": None}
         if target in TERMINAL:
             columns |= {"finished_at": Now()}
-        row = row.filter(state=old[0], token=old[1])
-    if old is None or not row.update(state=target, **columns):
+        with side_effect("job.change"):
+            changed = row.filter(state=old[0], token=old[1]).update(state=target, **columns)
+    if old is None or not changed:
         raise LeaseLost(
             f"job {job_id} could not become {target}: it ended, or another attempt holds it (token {token})"
         )
@@ -276,13 +270,17 @@ def _close_attempt(job_id: UUID, token: int, outcome: AttemptOutcome, reason: st
     # What this try leaves behind: of a training, the step that the next try goes on from.
     to_step = job.checkpoint_step if job.kind == JobKind.TRAIN else job.progress_step
     row = JobAttempt.objects.filter(job_id=job_id, token=token)
-    row.filter(ended_at__isnull=True).update(ended_at=Now(), outcome=outcome, reason=reason, to_step=to_step)
+    with side_effect("attempt.close"):
+        row.filter(ended_at__isnull=True).update(ended_at=Now(), outcome=outcome, reason=reason, to_step=to_step)
     attempt = row.get()
     if attempt.ended_at is not None:
-        seconds = (attempt.ended_at - attempt.started_at) / timedelta(seconds=1)
-        Job.objects.filter(pk=job_id).update(used_worker_seconds=F("used_worker_seconds") + max(0.0, seconds))
+        seconds = max(0.0, (attempt.ended_at - attempt.started_at) / timedelta(seconds=1))
+        with side_effect("job.count_seconds"):
+            Job.objects.filter(pk=job_id).update(used_worker_seconds=F("used_worker_seconds") + seconds)
+        usage_add(owner_id=job.owner_id, worker_seconds=seconds)
 
 
 def _record(job_id: UUID, old: JobState, new: JobState, token: int, reason: str) -> None:
-    JobEvent.objects.create(job_id=job_id, at=Now(), old_state=old, new_state=new, token=token, reason=reason[:300])
+    with side_effect("job.record"):
+        JobEvent.objects.create(job_id=job_id, at=Now(), old_state=old, new_state=new, token=token, reason=reason[:300])
     logger.info("job id=%s %s→%s token=%s reason=%s", job_id, old, new, token, reason)

@@ -64,7 +64,13 @@ class AttemptOutcome(TextChoices):
     LOST = "lost", "The lease ran out: worker killed, frozen or cut off"
     RELEASED = "released", "The worker gave the job back (shutdown)"
     PREEMPTED = "preempted", "The job made room for interactive work"
+    OUT_OF_MEMORY = "oom", "The device had too little memory; the next try saves some"
+    DEVICE_ERROR = "device_error", "The device failed; its process was replaced"
     CANCELLED = "cancelled", "Stopped on request"
+
+
+INTERACTIVE = frozenset({JobKind.GENERATE})
+"""Kinds that somebody sits and waits for; a training makes room for them."""
 
 
 class WorkerState(TextChoices):

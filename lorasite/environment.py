@@ -52,6 +52,31 @@ class Environment(BaseSettings):
     drain_seconds: float = Field(
         600.0, ge=1, le=3600, description="A doorbell's task claims work for at most this long."
     )
+    step_seconds: float = Field(
+        120.0, ge=1, le=3600, description="A job without any step for this long is stuck: its process is replaced."
+    )
+    generate_time_limit_seconds: float = Field(
+        3600.0, ge=1, le=86_400, description="Longest that one generation may compute, all tries together."
+    )
+    train_time_limit_seconds: float = Field(
+        172_800.0, ge=60, le=2_592_000, description="Longest that one training may compute, all tries together."
+    )
+    queue_seconds: float = Field(
+        604_800.0, ge=60, le=31_536_000, description="A job that never started in this time expires."
+    )
+    max_queued_jobs: int = Field(10_000, ge=1, description="Jobs waiting in all; more are refused with 429.")
+    max_queued_jobs_per_person: int = Field(50, ge=1, description="Jobs that one person may have waiting.")
+    max_queued_seconds_per_person: float = Field(
+        86_400.0, ge=60, description="Estimated worker seconds that one person may have waiting."
+    )
+    max_running_generations_per_person: int = Field(4, ge=1, description="Generations of one person at once.")
+    max_running_trainings_per_person: int = Field(1, ge=1, description="Trainings of one person at once.")
+    worker_memory_bytes: int = Field(
+        0, ge=0, description="A worker process larger than this is replaced between jobs. 0: half of the machine."
+    )
+    garbage_after_seconds: float = Field(
+        86_400.0, ge=60, le=31_536_000, description="Blobs that nothing refers to are removed after this long."
+    )
     upload_max_bytes: int = Field(64 * 2**20, ge=2**20, description="Largest single upload.")
     worker_threads: int = Field(
         1, ge=1, le=64, description="Torch threads of a CPU worker; more than 1 only on idle cores."

@@ -14,7 +14,7 @@ from safetensors.numpy import save as save_safetensors
 
 from core.config import PreprocessConfig, TrainConfig
 from core.manifest import DatasetManifest, PreparedImage
-from jobs import lifecycle
+from jobs import claims, lifecycle, recovery
 from jobs.artifacts import artifact_put_stream
 from jobs.models import (
     BaseModel,
@@ -86,7 +86,7 @@ def make_worker() -> WorkerProcess:
 
 def claim(job: Job) -> int:
     """A worker takes this very job; returns its token."""
-    taken = lifecycle._try_claim(job.pk, make_worker())
+    taken = claims.take(job.pk, make_worker())
     assert taken is not None
     return taken.token
 
@@ -97,7 +97,7 @@ def bring_to(job: Job, state: JobState) -> Job:
         lifecycle.job_cancel(job=job)
     elif state == JobState.EXPIRED:
         Job.objects.filter(pk=job.pk).update(deadline="2000-01-01T00:00:00Z")
-        assert lifecycle.queued_past_deadline_expire()
+        assert recovery.queued_past_deadline_expire()
     elif state != JobState.QUEUED:
         token = claim(job)
         if state == JobState.FAILED:

@@ -1,6 +1,7 @@
 """All records of the product, one file per subject."""
 
-from jobs.models.accounts import ApiKey, User
+from jobs.models.accounts import ApiKey, OwnerUsage, User
+from jobs.models.artifact import Artifact
 from jobs.models.base_model import BaseModel
 from jobs.models.dataset import Dataset, DatasetImage, DatasetVersion
 from jobs.models.generation import GeneratedImage, GenerationLora, GenerationRequest
@@ -11,6 +12,7 @@ from jobs.models.worker import LeaderLease, WorkerProcess
 
 __all__ = [
     "ApiKey",
+    "Artifact",
     "BaseModel",
     "Dataset",
     "DatasetImage",
@@ -24,6 +26,7 @@ __all__ = [
     "LeaderLease",
     "Lora",
     "LoraVersion",
+    "OwnerUsage",
     "TrainingRun",
     "User",
     "WorkerProcess",

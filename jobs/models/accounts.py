@@ -7,6 +7,7 @@ from typing import Self
 
 from django.conf import settings
 from django.contrib.auth.models import AbstractUser
+from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 from django.db.models.functions import Now
 
@@ -17,6 +18,27 @@ class User(AbstractUser):
     """A person with an account. Staff may use the admin."""
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    scheduling_weight = models.FloatField(
+        db_default=1.0,
+        validators=[MinValueValidator(0.01), MaxValueValidator(100)],
+        help_text="Share of the workers beside others who wait: 2 gets twice as much as 1.",
+    )
+
+
+class OwnerUsage(models.Model):
+    """What one person used of the workers lately; the measure of fair turns. Written when a try of a job ends.
+
+    Claims lock this row, so that two workers cannot both take the last job that a person may run at once.
+    """
+
+    owner = models.OneToOneField(
+        settings.AUTH_USER_MODEL, primary_key=True, on_delete=models.CASCADE, related_name="usage"
+    )
+    worker_seconds = models.FloatField(default=0.0, help_text="Halved every few hours (jobs/usage.py).")
+    as_of = models.DateTimeField(help_text="When `worker_seconds` was last right.")
+
+    def __str__(self) -> str:
+        return f"usage of {self.owner_id}"
 
 
 class ApiKeyQuerySet(models.QuerySet["ApiKey"]):

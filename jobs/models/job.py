@@ -8,14 +8,17 @@ from django.db.models.functions import Now
 from jobs.models.record import OwnedQuerySet, OwnedRecord
 from jobs.status import ACTIVE, LEASED, TERMINAL, AttemptOutcome, JobKind, JobState
 
+SPEC_VERSION = 1
+"""Raise it when a specification may hold what older code does not understand."""
+
 
 class JobQuerySet(OwnedQuerySet):
     """Querysets that read as words."""
 
     def claimable(self) -> Self:
-        """Queued, due, and not asked to stop."""
+        """Queued, due, not asked to stop, and of a specification that this code understands."""
         due = models.Q(not_before__isnull=True) | models.Q(not_before__lte=Now())
-        return self.filter(due, state=JobState.QUEUED, cancel_requested_at__isnull=True)
+        return self.filter(due, state=JobState.QUEUED, cancel_requested_at__isnull=True, spec_version__lte=SPEC_VERSION)
 
     def active(self) -> Self:
         """Not ended yet."""
@@ -39,6 +42,10 @@ class Job(OwnedRecord):
     kind = models.CharField(max_length=20, choices=JobKind.choices)
     state = models.CharField(max_length=20, choices=JobState.choices, default=JobState.QUEUED)
     spec = models.JSONField(help_text="The configuration's full dump.")
+    spec_version = models.PositiveSmallIntegerField(
+        db_default=1,
+        help_text="Workers take jobs up to their own version only: deploys can be rolling.",
+    )
     spec_hash = models.CharField(max_length=64)
     idempotency_key = models.CharField(max_length=200, null=True, blank=True)  # noqa: DJ001 - NULLs do not collide
     request_hash = models.CharField(max_length=64, blank=True, default="", help_text="Of the submitted request body.")
@@ -46,6 +53,11 @@ class Job(OwnedRecord):
     base_model = models.ForeignKey(
         "jobs.BaseModel", null=True, blank=True, on_delete=models.PROTECT, related_name="jobs"
     )
+    batch_key = models.CharField(
+        max_length=64, blank=True, db_default="", help_text="Requests with the same key may share one forward."
+    )
+    estimated_seconds = models.FloatField(db_default=0.0, help_text="Worker seconds that it will probably take.")
+    queued_at = models.DateTimeField(db_default=Now(), help_text="When it last began to wait.")
 
     token = models.PositiveBigIntegerField(default=0)
     worker = models.ForeignKey(
@@ -55,9 +67,18 @@ class Job(OwnedRecord):
     not_before = models.DateTimeField(null=True, blank=True, help_text="Retry delay: not claimed before this time.")
     deadline = models.DateTimeField(null=True, blank=True, help_text="EXPIRED when still queued then.")
     cancel_requested_at = models.DateTimeField(null=True, blank=True)
+    yield_requested_at = models.DateTimeField(
+        null=True, blank=True, help_text="Interactive work waits: save a checkpoint and go back to the queue."
+    )
+    yielded_at = models.DateTimeField(null=True, blank=True, help_text="When it last made room.")
 
     attempts_count = models.PositiveIntegerField(default=0, help_text="Claims so far.")
     barren_losses = models.PositiveIntegerField(default=0, help_text="Losses in a row without checkpoint progress.")
+    store_retries = models.PositiveSmallIntegerField(db_default=0, help_text="Releases because the store was away.")
+    surprise_retries = models.PositiveSmallIntegerField(db_default=0, help_text="Tries that ended in a program error.")
+    memory_rung = models.PositiveSmallIntegerField(
+        db_default=0, help_text="How far down the ladder of memory savings it is; 0 is the fastest way."
+    )
     checkpoint = models.JSONField(null=True, blank=True, help_text="{file name: sha256} of the newest checkpoint.")
     checkpoint_step = models.PositiveIntegerField(default=0)
 
@@ -81,6 +102,13 @@ class Job(OwnedRecord):
         indexes = [
             models.Index(fields=["state", "kind", "created_at"], name="job_queue"),
             models.Index(fields=["owner", "-created_at"], name="job_of_owner"),
+            # Small whatever the history: only what waits, and only what is held.
+            models.Index(
+                fields=["kind", "owner", "-priority", "created_at"],
+                name="job_waiting",
+                condition=models.Q(state=JobState.QUEUED),
+            ),
+            models.Index(fields=["lease_until"], name="job_leased", condition=models.Q(state__in=sorted(LEASED))),
         ]
         constraints = [
             models.UniqueConstraint(fields=["owner", "idempotency_key"], name="job_idempotency_key_unique_per_owner"),
@@ -126,6 +154,7 @@ class JobAttempt(models.Model):
     reason = models.TextField(blank=True, default="")
     from_step = models.PositiveIntegerField(default=0, help_text="Step that the try went on from.")
     to_step = models.PositiveIntegerField(default=0, help_text="Last step that it left behind.")
+    memory_rung = models.PositiveSmallIntegerField(db_default=0, help_text="Memory savings in force; 0 is none.")
 
     class Meta:
         ordering = ["token"]

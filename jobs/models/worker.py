@@ -19,6 +19,7 @@ class WorkerProcess(models.Model):
     warm_bases = models.JSONField(default=list, help_text="Fingerprints of the loaded base models.")
     started_at = models.DateTimeField(auto_now_add=True)
     heartbeat_at = models.DateTimeField()
+    spec_version = models.PositiveSmallIntegerField(db_default=1, help_text="Newest job specification it understands.")
 
     class Meta:
         ordering = ["-started_at"]

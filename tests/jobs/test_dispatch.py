@@ -11,6 +11,7 @@ import redis
 from celery import Celery
 from kombu import Queue
 
+from jobs import claims
 from jobs.dispatch import Dispatcher, leader_age_seconds
 from jobs.doorbells import Doorbells
 from jobs.models import Job, LeaderLease, WorkerProcess
@@ -122,13 +123,12 @@ def test_the_dispatcher_outlives_a_broker_that_is_not_there(make_job: MakeJob) -
 
 @pytest.mark.django_db
 def test_a_frozen_broker_does_not_stop_the_sweep(tmp_path: Path, make_job: MakeJob, worker: WorkerProcess) -> None:
-    from jobs import lifecycle
 
     with valkey(tmp_path / "valkey") as url:
         server = int(redis.Redis.from_url(url).info("server")["process_id"])
         dispatcher = Dispatcher(Doorbells(app_for(url)))
         lost = make_job()
-        claim = lifecycle.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+        claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=worker)
         assert claim is not None
         expire_lease(lost)
         os.kill(server, signal.SIGSTOP)

@@ -8,7 +8,7 @@ import pytest
 
 from core.errors import Cancelled, Paused, TrainingDiverged
 from core.progress import Progress
-from jobs import lifecycle, worker_context
+from jobs import claims, worker_context
 from jobs.drain import drain, run
 from jobs.heartbeat import Heartbeat, Hold
 from jobs.models import Job, WorkerProcess
@@ -42,7 +42,7 @@ def context(worker: WorkerProcess) -> Iterator[WorkerContext]:
 
 
 def take(worker: WorkerProcess) -> Hold:
-    claim = lifecycle.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+    claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=worker)
     assert claim is not None
     return Hold(claim, lambda: False)
 
@@ -135,7 +135,7 @@ def test_work_whose_lease_was_taken_records_nothing(make_job: MakeJob, worker: W
     class Overtaken(Work):
         def compute(self) -> None:
             expire_lease(self.hold.job)
-            assert lifecycle.job_claim(kinds=[JobKind.GENERATE], worker=worker) is not None
+            assert claims.job_claim(kinds=[JobKind.GENERATE], worker=worker) is not None
 
         def record(self) -> None:
             recorded.append(True)

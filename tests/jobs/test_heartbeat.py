@@ -7,7 +7,7 @@ from django.conf import settings
 
 from core.errors import Cancelled
 from core.progress import Progress
-from jobs import lifecycle
+from jobs import claims, lifecycle
 from jobs.heartbeat import Fenced, Heartbeat, Hold
 from jobs.models import Job, WorkerProcess
 from jobs.status import JobKind
@@ -17,7 +17,7 @@ from tests.jobs.conftest import MakeJob, expire_lease
 @pytest.fixture
 def held(make_job: MakeJob, worker: WorkerProcess) -> Iterator[tuple[Heartbeat, Hold]]:
     make_job()
-    claim = lifecycle.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+    claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=worker)
     assert claim is not None
     heartbeat = Heartbeat(worker, warm_bases=lambda: ["abc"])
     with heartbeat.holding(claim) as hold:
@@ -67,7 +67,7 @@ def test_a_cancel_wish_stops_the_work_at_its_next_step(held: tuple[Heartbeat, Ho
 def test_a_taken_lease_fences_the_work_at_its_next_step(held: tuple[Heartbeat, Hold], worker: WorkerProcess) -> None:
     heartbeat, hold = held
     expire_lease(hold.job)
-    assert lifecycle.job_claim(kinds=[JobKind.GENERATE], worker=worker) is not None
+    assert claims.job_claim(kinds=[JobKind.GENERATE], worker=worker) is not None
     heartbeat.beat()
     with pytest.raises(Fenced):
         hold.report(Progress(stage="training", step=1, total=9))

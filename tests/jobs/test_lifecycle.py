@@ -7,7 +7,7 @@ import pytest
 from django.db import IntegrityError, connection, transaction
 from django.utils import timezone
 
-from jobs import leases, lifecycle
+from jobs import claims, leases, lifecycle, recovery
 from jobs.errors import Conflict, LeaseLost
 from jobs.models import Job, JobAttempt, User, WorkerProcess
 from jobs.status import TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState
@@ -18,7 +18,7 @@ KINDS = [JobKind.GENERATE]
 
 
 def claim(worker: WorkerProcess) -> lifecycle.Claim:
-    taken = lifecycle.job_claim(kinds=KINDS, worker=worker)
+    taken = claims.job_claim(kinds=KINDS, worker=worker)
     assert taken is not None
     return taken
 
@@ -39,6 +39,7 @@ def test_a_job_runs_from_queued_to_succeeded_and_every_step_is_an_event(
     job = make_job()
     taken = claim(worker)
     assert taken.job.pk == job.pk
+    taken.job.refresh_from_db()
     assert taken.job.lease_until is not None
     succeed(taken)
     job.refresh_from_db()
@@ -91,20 +92,20 @@ def test_the_transition_table_has_no_way_out_of_a_final_state() -> None:
 
 def test_nothing_to_claim_is_none(make_job: MakeJob, worker: WorkerProcess) -> None:
     make_job(kind=JobKind.TRAIN)
-    assert lifecycle.job_claim(kinds=KINDS, worker=worker) is None
+    assert claims.job_claim(kinds=KINDS, worker=worker) is None
 
 
 def test_a_second_claim_of_the_same_job_finds_nothing(make_job: MakeJob, worker: WorkerProcess) -> None:
     make_job()
     claim(worker)
-    assert lifecycle.job_claim(kinds=KINDS, worker=worker) is None
+    assert claims.job_claim(kinds=KINDS, worker=worker) is None
 
 
 def test_a_delayed_job_is_not_claimed_early(make_job: MakeJob, worker: WorkerProcess) -> None:
     job = make_job()
     taken = claim(worker)
     lifecycle.job_release(job_id=job.pk, token=taken.token, reason="store is away", delay_seconds=60)
-    assert lifecycle.job_claim(kinds=KINDS, worker=worker) is None
+    assert claims.job_claim(kinds=KINDS, worker=worker) is None
     Job.objects.filter(pk=job.pk).update(not_before=timezone.now() - timedelta(seconds=1))
     assert claim(worker).token == taken.token + 1
 
@@ -134,7 +135,7 @@ def test_a_cancelled_job_of_a_dead_worker_ends_when_its_lease_runs_out(
     claim(worker)
     lifecycle.job_cancel(job=job)
     expire_lease(job)
-    assert lifecycle.expired_leases_requeue() == 1
+    assert recovery.expired_leases_requeue() == 1
     job.refresh_from_db()
     assert job.state == JobState.CANCELLED
     assert job.attempts.get().outcome == AttemptOutcome.LOST
@@ -178,7 +179,7 @@ def test_a_renewed_lease_is_not_taken(make_job: MakeJob, worker: WorkerProcess) 
     taken = claim(worker)
     expire_lease(job)
     leases.leases_renew({job.pk: taken.token})
-    assert lifecycle.expired_leases_requeue() == 0
+    assert recovery.expired_leases_requeue() == 0
     job.refresh_from_db()
     assert job.state == JobState.RUNNING
 
@@ -188,21 +189,21 @@ def test_three_losses_without_progress_are_poison(make_job: MakeJob, worker: Wor
     for _ in range(3):
         claim(worker)
         expire_lease(job)
-        lifecycle.expired_leases_requeue()
+        recovery.expired_leases_requeue()
     job.refresh_from_db()
     assert (job.state, job.error_code) == (JobState.FAILED, "poison")
     assert [a.outcome for a in job.attempts.all()] == [AttemptOutcome.LOST] * 3
-    assert lifecycle.job_claim(kinds=KINDS, worker=worker) is None
+    assert claims.job_claim(kinds=KINDS, worker=worker) is None
 
 
 def test_checkpoint_progress_makes_losses_harmless(make_job: MakeJob, worker: WorkerProcess) -> None:
     job = make_job(kind=JobKind.TRAIN)
     for step in range(1, 7):
-        taken = lifecycle.job_claim(kinds=[JobKind.TRAIN], worker=worker)
+        taken = claims.job_claim(kinds=[JobKind.TRAIN], worker=worker)
         assert taken is not None
         leases.checkpoint_record(job_id=job.pk, token=taken.token, step=step, files={"a": "b"})
         expire_lease(job)
-        lifecycle.expired_leases_requeue()
+        recovery.expired_leases_requeue()
     job.refresh_from_db()
     assert job.state == JobState.QUEUED
     assert job.checkpoint_step == 6
@@ -222,7 +223,7 @@ def test_a_job_past_its_deadline_expires(make_job: MakeJob) -> None:
     late, early = make_job(), make_job()
     Job.objects.filter(pk=late.pk).update(deadline=timezone.now() - timedelta(seconds=1))
     Job.objects.filter(pk=early.pk).update(deadline=timezone.now() + timedelta(hours=1))
-    assert lifecycle.queued_past_deadline_expire() == 1
+    assert recovery.queued_past_deadline_expire() == 1
     assert Job.objects.get(pk=late.pk).state == JobState.EXPIRED
     assert Job.objects.get(pk=early.pk).state == JobState.QUEUED
 
@@ -282,7 +283,7 @@ def test_many_workers_at_once_claim_each_job_exactly_once() -> None:
     def work(worker: WorkerProcess) -> None:
         try:
             start.wait()
-            while (got := lifecycle.job_claim(kinds=KINDS, worker=worker)) is not None:
+            while (got := claims.job_claim(kinds=KINDS, worker=worker)) is not None:
                 taken.append(got)
         except BaseException as error:  # noqa: BLE001 - shown by the assertion below
             errors.append(error)

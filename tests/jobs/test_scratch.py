@@ -5,7 +5,7 @@ from pathlib import Path
 from django.conf import settings
 
 from core.errors import TrainingDiverged
-from jobs import lifecycle
+from jobs import claims, lifecycle, recovery
 from jobs.drain import run
 from jobs.heartbeat import Hold
 from jobs.models import WorkerProcess
@@ -15,7 +15,7 @@ from tests.jobs.conftest import MakeJob, expire_lease
 
 
 def take(worker: WorkerProcess) -> Hold:
-    claim = lifecycle.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+    claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=worker)
     assert claim is not None
     return Hold(claim, lambda: False)
 
@@ -63,7 +63,7 @@ def test_a_starting_worker_sweeps_what_a_crash_left_and_keeps_what_is_held(
     crashed = take(worker)
     scratch_open(crashed)
     expire_lease(crashed_job)
-    lifecycle.expired_leases_requeue()
+    recovery.expired_leases_requeue()
     lifecycle.job_cancel(job=crashed_job)
     make_job()
     held = scratch_open(take(worker))

@@ -1,0 +1,31 @@
+"""How much each person used of the workers lately, decayed, and the lock that makes caps per person exact."""
+
+from datetime import datetime
+from uuid import UUID
+
+from django.db.models.functions import Now
+
+from core.failpoints import side_effect
+from jobs.models import OwnerUsage
+
+HALF_LIFE_SECONDS = 4 * 3600.0
+"""Work of this long ago counts half."""
+
+
+def decayed(worker_seconds: float, as_of: datetime, now: datetime) -> float:
+    """Usage as it counts at `now`, in worker seconds."""
+    return float(worker_seconds * 0.5 ** (max(0.0, (now - as_of).total_seconds()) / HALF_LIFE_SECONDS))
+
+
+def usage_lock(owner_id: UUID) -> OwnerUsage:
+    """This person's row, locked until the transaction ends; made when missing. Must run inside a transaction."""
+    OwnerUsage.objects.get_or_create(owner_id=owner_id, defaults={"as_of": Now()})
+    return OwnerUsage.objects.select_for_update().annotate(now=Now()).get(pk=owner_id)
+
+
+def usage_add(*, owner_id: UUID, worker_seconds: float) -> None:
+    """Count worker seconds that a try of this person's job took. Must run inside a transaction."""
+    row = usage_lock(owner_id)
+    total = decayed(row.worker_seconds, row.as_of, row.now) + worker_seconds  # type: ignore[attr-defined]
+    with side_effect("usage.add"):
+        OwnerUsage.objects.filter(pk=owner_id).update(worker_seconds=total, as_of=Now())
