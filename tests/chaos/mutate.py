@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+GIT = shutil.which("git") or "git"
 MUTATIONS = Path(__file__).parent / "mutations"
 SECONDS_EACH = 60.0
 
@@ -59,7 +60,7 @@ def mutations(names: Sequence[str] = ()) -> list[Mutation]:
 
 def copy_of_the_tree(folder: Path) -> None:
     """The tracked files as they are now."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, check=True, capture_output=True).stdout
+    listed = subprocess.run([GIT, "ls-files", "-z"], cwd=REPOSITORY, check=True, capture_output=True).stdout
     for name in listed.decode().split("\0"):
         if name and (REPOSITORY / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> subprocess.CompletedProcess
 
 def is_caught(mutation: Mutation, folder: Path) -> tuple[bool, str]:
     """Apply, test, take back. Returns whether the tests went red, and what there is to say."""
-    apply = ["git", "apply", "--unsafe-paths", "--directory", str(folder), "-C1", str(mutation.patch)]
+    apply = [GIT, "apply", "--unsafe-paths", "--directory", str(folder), "-C1", str(mutation.patch)]
     done = subprocess.run(apply, cwd="/", capture_output=True, text=True, check=False)
     if done.returncode:
         return False, f"the patch no longer fits the code: {done.stderr.strip()}"
@@ -113,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found, said = is_caught(mutation, folder)
             caught += found
             mark = "caught" if found else "MISSED"
-            sys.stdout.write(f"{mark} {mutation.patch.stem} ({time.monotonic() - began:.0f} s): {mutation.bug} {said}\n")
+            sys.stdout.write(
+                f"{mark} {mutation.patch.stem} ({time.monotonic() - began:.0f} s): {mutation.bug} {said}\n"
+            )
             sys.stdout.flush()
     sys.stdout.write(f"mutations: caught={caught} of {len(chosen)}\n")
     return 0 if caught == len(chosen) and chosen else 1
