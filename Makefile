@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(TOR
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo up test test-gpu check bench clean
+.PHONY: help setup setup-dev demo up test test-gpu mutate check bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ test: setup-dev  ## All tests, on real servers (under 25 minutes on 2 cores)
 
 test-gpu: setup-dev  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests
+
+mutate: setup-dev  ## Plant bugs one by one; the tests that guard against each must go red
+	$(BIN)/python -m tests.chaos.mutate
 
 check: setup-dev  ## Lint, types, direction of imports, settings, migrations, API schema
 	$(BIN)/ruff check .
