@@ -5,9 +5,10 @@ Imports no ML library, so the web tier validates with the very classes that the 
 
 import hashlib
 import json
+import unicodedata
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from core.errors import ConfigError
 
@@ -19,14 +20,22 @@ LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
 
+def _compose(text: object) -> object:
+    """One spelling for texts that look the same (Unicode NFC), so that they are counted, hashed and encoded alike."""
+    return unicodedata.normalize("NFC", text) if isinstance(text, str) else text
+
+
 def _refuse_control_characters(text: str) -> str:
-    bad = sorted({f"U+{ord(c):04X}" for c in text if ord(c) < 32 and c not in "\n\t"})
+    bad = sorted({f"U+{ord(c):04X}" for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t"})
     if bad:
         raise ValueError(f"contains control characters ({', '.join(bad)}); remove them")
     return text
 
 
-PromptText = Annotated[str, Field(max_length=4000), AfterValidator(_refuse_control_characters)]
+CleanText = Annotated[str, BeforeValidator(_compose), AfterValidator(_refuse_control_characters)]
+PromptText = Annotated[
+    str, BeforeValidator(_compose), Field(max_length=4000), AfterValidator(_refuse_control_characters)
+]
 
 
 class Config(BaseModel):
@@ -89,10 +98,12 @@ class PreprocessConfig(Config):
         "sidecar_or_filename",
         description="Where captions come from: a .txt of the same name uploaded beside the picture, or its file name.",
     )
-    trigger_word: str = Field(
+    trigger_word: CleanText = Field(
         "", max_length=100, description="Put in front of every caption, so that prompts can call the LoRA by it."
     )
-    caption_suffix: str = Field("", max_length=200, description="Put behind every caption, e.g. 'blueprint style'.")
+    caption_suffix: CleanText = Field(
+        "", max_length=200, description="Put behind every caption, e.g. 'blueprint style'."
+    )
     min_side_px: int = Field(
         32, ge=8, le=2048, description="Pictures with a shorter side than this (pixels) are rejected with a reason."
     )

@@ -42,6 +42,17 @@ class IdempotencyMismatch(JobsError):
     http_status = 422
 
 
+class TooBusy(JobsError):
+    """A limit on waiting work is reached. `code` says which; come back after `retry_after_seconds`."""
+
+    code = "too_many_jobs"
+    http_status = 429
+
+    def __init__(self, message: str, *, code: str, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.code, self.retry_after_seconds = code, retry_after_seconds
+
+
 class InvalidTransition(JobsError):
     """A job state change that the transition table does not know."""
 

@@ -10,7 +10,10 @@ from django.db import IntegrityError, transaction
 from django.db.models import Max
 
 from core.config import GenerateConfig, LoraUse, PreprocessConfig, TrainConfig, canonical_json_hash
+from core.failpoints import side_effect
+from jobs import quotas
 from jobs.errors import Conflict, IdempotencyMismatch, InvalidInput, NotReady
+from jobs.estimates import estimated_seconds, generation_units, preprocess_units, training_units
 from jobs.lifecycle import job_created
 from jobs.models import (
     BaseModel,
@@ -23,7 +26,11 @@ from jobs.models import (
     TrainingRun,
     User,
 )
+from jobs.models.job import SPEC_VERSION
 from jobs.status import JobKind, JobState
+
+PICTURES_PER_BATCH = 8
+"""Most pictures that one forward holds; larger requests run alone."""
 
 
 def job_submit(
@@ -34,6 +41,8 @@ def job_submit(
     base_model: BaseModel | None = None,
     idempotency_key: str | None = None,
     request: dict[str, Any] | None = None,
+    units: float = 1.0,
+    batch_key: str = "",
     refuse: Callable[[], None] = lambda: None,
     attach: Callable[[Job], object],
 ) -> Job:
@@ -43,38 +52,60 @@ def job_submit(
         spec: The configuration's full dump.
         idempotency_key: The same key of the same owner returns the job made first.
         request: What the person asked for, to tell a repeated request from another one under the same key.
+        units: Amount of work, as `jobs/estimates.py` counts it for this kind.
+        batch_key: Jobs of the same key may share one forward; empty: runs alone.
         refuse: Raises where the request cannot be served now; not asked again for a repeated request.
         attach: Creates the request row (TrainingRun ...) of the new job; runs in the same transaction.
 
     Raises:
         IdempotencyMismatch: The key was used for another request.
+        TooBusy: Too much work waits; never for a repeated request.
     """
     request_hash = canonical_json_hash({"kind": kind, **(request or spec)})
-    if idempotency_key is not None:
-        earlier = Job.objects.filter(owner=owner, idempotency_key=idempotency_key).first()
-        if earlier is not None:
-            return _same_request(earlier, request_hash)
+    earlier = _made_earlier(owner, idempotency_key, request_hash)
+    if earlier is not None:
+        return earlier
     refuse()
+    seconds = estimated_seconds(kind, units, base_model.pk if base_model else None)
     try:
-        with transaction.atomic():
-            job = Job.objects.create(
-                owner=owner,
-                kind=kind,
-                spec=spec,
-                spec_hash=canonical_json_hash(spec),
-                base_model=base_model,
-                idempotency_key=idempotency_key,
-                request_hash=request_hash,
-            )
-            attach(job)
+        with side_effect("submission.commit"), transaction.atomic():
+            now = quotas.lock(owner)
+            # The twin of this request may have been first at the lock: its job is the answer, not a full queue.
+            earlier = _made_earlier(owner, idempotency_key, request_hash)
+            if earlier is not None:
+                return earlier
+            quotas.admit(owner=owner, kind=kind, estimated_seconds=seconds, now=now)
+            with side_effect("submission.insert_job"):
+                job = Job.objects.create(
+                    owner=owner,
+                    kind=kind,
+                    spec=spec,
+                    spec_version=SPEC_VERSION,
+                    spec_hash=canonical_json_hash(spec),
+                    base_model=base_model,
+                    batch_key=batch_key,
+                    estimated_seconds=seconds,
+                    idempotency_key=idempotency_key,
+                    request_hash=request_hash,
+                )
+            with side_effect("submission.insert_request"):
+                attach(job)
             job_created(job)
     except IntegrityError:
-        # Two identical requests at once: the loser of the unique constraint answers with the winner's job.
-        earlier = Job.objects.filter(owner=owner, idempotency_key=idempotency_key).first() if idempotency_key else None
+        # A web process of an older version takes no lock: the loser of the unique constraint answers with its job.
+        earlier = _made_earlier(owner, idempotency_key, request_hash)
         if earlier is None:
             raise
-        return _same_request(earlier, request_hash)
+        return earlier
     return job
+
+
+def _made_earlier(owner: User, idempotency_key: str | None, request_hash: str) -> Job | None:
+    """The job that this very request made before."""
+    if idempotency_key is None:
+        return None
+    earlier: Job | None = Job.objects.filter(owner=owner, idempotency_key=idempotency_key).first()
+    return None if earlier is None else _same_request(earlier, request_hash)
 
 
 def _same_request(job: Job, request_hash: str) -> Job:
@@ -110,6 +141,7 @@ def preprocess_submit(
         spec=config.dump(),
         idempotency_key=idempotency_key,
         request={"dataset": str(dataset.pk), **config.dump()},
+        units=preprocess_units(dataset.images.count()),
         refuse=refuse,
         attach=attach,
     )
@@ -128,9 +160,11 @@ def training_submit(
 
     Raises:
         NotReady: The version's preparation has not succeeded, or the base model is not prepared.
-        InvalidInput: The configuration does not fit the base model.
+        InvalidInput: The configuration does not fit the base model, or shows more pictures than one training may.
         Conflict: The LoRA name belongs to a LoRA of another base model.
     """
+
+    quotas.refuse_oversized_training(config)
 
     def refuse() -> None:
         if not dataset_version.is_ready:
@@ -171,6 +205,7 @@ def training_submit(
             "lora_name": lora_name,
             **config.dump(),
         },
+        units=training_units(config),
         refuse=refuse,
         attach=attach,
     )
@@ -193,12 +228,14 @@ def generation_submit(
     Raises:
         core.errors.ConfigError: A value is out of range.
         NotReady: The base model is not prepared.
-        InvalidInput: A size does not fit the base model, or a LoRA belongs to another base model.
+        InvalidInput: A size does not fit the base model, a LoRA belongs to another base model, or it is more work than
+            one request may ask for.
     """
     facts = _facts(base_model)
     native = {"width": facts.native_size_px, "height": facts.native_size_px}
     uses = tuple(LoraUse(sha256=version.kohya_sha256, weight=weight) for version, weight in loras)
     config = GenerateConfig.parse({**native, **values, "loras": [use.dump() for use in uses]})
+    quotas.refuse_oversized_generation(config)
     step = facts.bucket_step_px
     if config.width % step or config.height % step:
         raise InvalidInput(
@@ -227,8 +264,27 @@ def generation_submit(
         base_model=base_model,
         idempotency_key=idempotency_key,
         request={"base_model": str(base_model.pk), **config.dump()},
+        units=generation_units(config),
+        batch_key=generation_batch_key(config, base_model),
         attach=attach,
     )
+
+
+def generation_batch_key(config: GenerateConfig, base_model: BaseModel) -> str:
+    """What two requests must have in common to share one forward of `core.generate`; "" for one that fills its own.
+
+    One forward has one model, one tensor shape, one schedule and one guidance scale. Prompts, negative prompts and
+    seeds are rows of the batch and may differ.
+    """
+    if config.count > PICTURES_PER_BATCH:
+        return ""
+    shared: dict[str, Any] = config.model_dump(
+        mode="json", include={"width", "height", "steps", "guidance", "sampler", "loras"}
+    )
+    shared["base"] = base_model.fingerprint
+    # Null and the base's default are the same layer.
+    shared["clip_skip"] = config.clip_skip or base_model.base_facts().default_clip_skip
+    return canonical_json_hash(shared)
 
 
 def base_preparation_submit(*, owner: User, base_model: BaseModel) -> Job:

@@ -10,6 +10,7 @@ from django.db.models.functions import Now
 
 from jobs.database_clock import after
 from jobs.models import WorkerProcess
+from jobs.models.job import SPEC_VERSION
 from jobs.status import WorkerState
 
 
@@ -23,7 +24,12 @@ def live_workers() -> QuerySet[WorkerProcess]:
 def worker_register(*, queues: Sequence[str], device: str) -> WorkerProcess:
     """A row for this process, in state STARTING."""
     return WorkerProcess.objects.create(
-        host=socket.gethostname(), pid=os.getpid(), queues=list(queues), device=device, heartbeat_at=Now()
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        queues=list(queues),
+        device=device,
+        heartbeat_at=Now(),
+        spec_version=SPEC_VERSION,
     )
 
 

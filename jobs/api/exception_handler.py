@@ -15,7 +15,7 @@ from rest_framework.response import Response
 from rest_framework.views import set_rollback
 
 from core.errors import CoreError
-from jobs.errors import JobsError
+from jobs.errors import JobsError, TooBusy
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,9 @@ def one_shape(error: Exception, context: dict[str, Any]) -> Response | None:
 
 
 def _answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]] | None:
+    if isinstance(error, TooBusy):
+        headers = {"Retry-After": str(error.retry_after_seconds)}
+        return error.http_status, error_body(error.code, str(error)), headers
     if isinstance(error, JobsError):
         return error.http_status, error_body(error.code, str(error)), {}
     if isinstance(error, CoreError):

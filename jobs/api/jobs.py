@@ -81,6 +81,7 @@ class JobSerializer(serializers.ModelSerializer[Job]):
             "progress",
             "figures",
             "error",
+            "estimated_seconds",
             "created_at",
             "started_at",
             "finished_at",

@@ -28,7 +28,17 @@ WITH_BODY = {
     "413": "Larger than accepted.",
     "415": "Another content type than the documented one.",
 }
-FOR_JOBS = {"422": "The Idempotency-Key was used for another request."}
+FOR_JOBS = {
+    "422": "The Idempotency-Key was used for another request.",
+    "429": "Too much work waits, yours (`too_many_jobs`, `too_much_work`) or everybody's (`queue_full`): "
+    "try again after `Retry-After` seconds.",
+}
+RETRY_AFTER = {
+    "Retry-After": {
+        "description": "Seconds after which a place has probably come free.",
+        "schema": {"type": "integer", "minimum": 1, "maximum": 3600},
+    }
+}
 
 
 class StudioSchema(AutoSchema):
@@ -45,7 +55,10 @@ class StudioSchema(AutoSchema):
             error = self.resolve_serializer(ErrorSerializer(), "response")
             for status, description in self._errors(operation).items():
                 content = {"application/json": {"schema": error.ref}}
-                operation["responses"].setdefault(status, {"description": description, "content": content})
+                answer = {"description": description, "content": content}
+                if status == "429":
+                    answer["headers"] = RETRY_AFTER
+                operation["responses"].setdefault(status, answer)
         return operation
 
     def _errors(self, operation: dict[str, Any]) -> dict[str, str]:
