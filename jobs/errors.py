@@ -72,3 +72,10 @@ class ArtifactDamaged(JobsError):
 
     code = "artifact_damaged"
     http_status = 500
+
+
+class ArtifactMissing(JobsError):
+    """The store may not hold these bytes any more: store them again, then record the reference."""
+
+    code = "artifact_missing"
+    http_status = 503
