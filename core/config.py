@@ -34,7 +34,7 @@ def _refuse_control_characters(text: str) -> str:
 
 CleanText = Annotated[str, BeforeValidator(_compose), AfterValidator(_refuse_control_characters)]
 PromptText = Annotated[
-    str, BeforeValidator(_compose), Field(max_length=4000), AfterValidator(_refuse_control_characters)
+    str, Field(max_length=4000), BeforeValidator(_compose), AfterValidator(_refuse_control_characters)
 ]
 
 

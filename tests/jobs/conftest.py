@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from django.utils import timezone
+from pytest_django.fixtures import Settings
 
 from jobs.models import Job, User, WorkerProcess
 from jobs.status import JobKind
@@ -26,8 +27,9 @@ def worker(db: None) -> WorkerProcess:
 
 
 @pytest.fixture
-def make_job(person: User) -> MakeJob:
-    """Submits a generate job; keyword arguments go to `job_submit`."""
+def make_job(person: User, settings: Settings) -> MakeJob:
+    """Submits a generate job; keyword arguments go to `job_submit`. One person may have as many as a test wants."""
+    settings.LORASITE = {**settings.LORASITE, "MAX_QUEUED_JOBS_PER_PERSON": 10_000}
 
     def make(**values: Any) -> Job:
         values = {"owner": person, "kind": JobKind.GENERATE, "spec": {}, "attach": lambda job: None} | values
