@@ -1,7 +1,7 @@
 """Submitting: one transaction, one job per key, refusals before anything is written."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from django.db import connection
@@ -9,7 +9,8 @@ from django.db import connection
 from core.config import PreprocessConfig, TrainConfig, canonical_json_hash
 from core.errors import ConfigError
 from jobs.errors import Conflict, IdempotencyMismatch, InvalidInput, NotReady
-from jobs.models import GenerationRequest, Job, JobEvent, TrainingRun, User
+from jobs.models import BaseModel, GenerationRequest, Job, JobEvent, LoraVersion, TrainingRun, User
+from jobs.models.job import SPEC_VERSION
 from jobs.status import JobKind, JobState
 from jobs.submission import (
     base_preparation_submit,
@@ -18,6 +19,7 @@ from jobs.submission import (
     preprocess_submit,
     training_submit,
 )
+from jobs.workers import worker_register
 from tests.factories import make_base_model, make_dataset, make_dataset_version, make_lora
 
 
@@ -167,3 +169,49 @@ def test_an_unprepared_base_is_not_ready_and_is_prepared_once_at_a_time(owner: U
     assert base.job == job
     with pytest.raises(Conflict, match=str(job.pk)):
         base_preparation_submit(owner=owner, base_model=base)
+
+
+def key(owner: User, base: BaseModel, loras: Sequence[tuple[LoraVersion, float]] = (), **values: object) -> str:
+    """The batch key of a generation."""
+    return str(generation_submit(owner=owner, base_model=base, loras=loras, values={"prompt": "x", **values}).batch_key)
+
+
+def test_generations_that_differ_in_prompt_seed_and_count_may_share_a_forward(owner: User, teammate: User) -> None:
+    base = make_base_model()
+    first = key(owner, base)
+    assert len(first) == 64
+    assert key(teammate, base, prompt="y", negative_prompt="z", seed=7, count=8) == first
+    assert key(owner, base, clip_skip=1) == first, "null is the base's default, which is 1"
+
+
+def test_whatever_must_be_equal_in_one_forward_is_part_of_the_key(owner: User) -> None:
+    lora = make_lora(owner, versions=2)
+    base = lora.base_model
+    old, new = lora.versions.select_related("lora__base_model").order_by("number")
+    keys = [
+        key(owner, base),
+        key(owner, make_base_model()),
+        key(owner, base, width=80),
+        key(owner, base, height=80),
+        key(owner, base, steps=24),
+        key(owner, base, guidance=6.5),
+        key(owner, base, sampler="euler"),
+        key(owner, base, clip_skip=2),
+        key(owner, base, [(old, 1.0)]),
+        key(owner, base, [(old, 0.5)]),
+        key(owner, base, [(new, 1.0)]),
+        key(owner, base, [(old, 1.0), (new, 1.0)]),
+    ]
+    assert "" not in keys
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_request_that_fills_a_forward_of_its_own_shares_none(owner: User) -> None:
+    assert key(owner, make_base_model(), count=9) == ""
+
+
+def test_jobs_say_which_version_of_the_specification_they_hold(owner: User) -> None:
+    job = submit(owner)
+    job.refresh_from_db()
+    assert job.spec_version == SPEC_VERSION
+    assert worker_register(queues=["gpu"], device="cpu").spec_version == SPEC_VERSION
