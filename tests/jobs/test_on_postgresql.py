@@ -14,9 +14,8 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 def test_the_job_tests_pass_on_postgresql(tmp_path: Path) -> None:
-    files = [
-        str(HERE / name) for name in ("test_lifecycle.py", "test_drain.py", "test_heartbeat.py", "test_dispatch.py")
-    ]
+    names = ["lifecycle", "drain", "heartbeat", "dispatch", "quotas", "versions_side_by_side"]
+    files = [str(HERE / f"test_{name}.py") for name in names] + [str(HERE / "api" / "test_admission.py")]
     with postgres(tmp_path) as url:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
