@@ -1,0 +1,283 @@
+"""Tries every named point of the product: die, fail, hang or freeze there, and see whether all ends well.
+
+    python -m tests.chaos.failpoints                        every point times every fault
+    python -m tests.chaos.failpoints --only lease.renew     those of one name
+
+One parent loads everything once and forks: each trial is a site of its own with a lease of a second. The process that
+is hit is the victim; where it cannot finish, another process tells the same story again, as the next worker would.
+The last line is a JSON object {"points", "trials", "unreached", "failures"}.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.chaos import journal, side_effects, small_audit, small_site
+
+FAULTS = ("kill", "fail", "hang", "freeze")
+HANG_SECONDS = 4.0
+FREEZE_SECONDS = 2.2
+VICTIM_SECONDS, HEALER_SECONDS = 30.0, 30.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fault at one point of one story."""
+
+    scenario: str
+    point: str
+    fault: str
+
+
+class Injected(Exception):
+    """The fault of kind "fail"."""
+
+
+# --- processes of one trial -------------------------------------------------------------------------------------------
+
+
+def fork(work: Callable[[], None], log: Path) -> int:
+    """Run `work` in a child; exit code 0 when it returns, 3 when it raises. Returns the pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    from core.die_with_parent import die_with_parent
+
+    code = 3
+    try:
+        die_with_parent()
+        descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def tell(folder: Path, broker_url: str, scenario: str) -> None:
+    """Tell a story to its end."""
+    from tests.chaos.scenarios import SCENARIOS
+
+    small_site.enter(folder)
+    everybody = small_site.Everybody(broker_url, f"{folder.name}:")
+    everybody.start()
+    SCENARIOS[scenario].begin()
+    everybody.work()
+    everybody.stop()
+
+
+def hooked(folder: Path, trial: Trial) -> Callable[[str], None]:
+    """The hook that strikes once, at the first time that the point is reached."""
+
+    def hook(point: str) -> None:
+        if point != trial.point or (folder / "struck").exists():
+            return
+        (folder / "struck").touch()
+        if trial.fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif trial.fault == "fail":
+            raise Injected(f"at {point}")
+        elif trial.fault == "hang":
+            time.sleep(HANG_SECONDS)
+        else:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return hook
+
+
+def attempt(trial: Trial, template: Path, folder: Path, broker_url: str) -> list[str]:
+    """Run one trial in processes of its own. Returns what is wrong."""
+    from tests.chaos.scenarios import SCENARIOS
+
+    log = folder.with_suffix(".log")
+    with small_site.copied(template, folder):
+        os.environ[journal.FOLDER_VARIABLE], os.environ[journal.NODE_VARIABLE] = str(folder / "journals"), "one"
+
+        def be_struck() -> None:
+            from core import failpoints
+
+            failpoints.install(hooked(folder, trial))
+            tell(folder, broker_url, trial.scenario)
+
+        victim = fork(be_struck, log)
+        ended, stopped = wait_for(
+            victim, VICTIM_SECONDS, until=lambda: (folder / "struck").exists() and trial.fault == "hang"
+        )
+        healer = None
+        if ended != 0:
+            healer = fork(lambda: tell(folder, broker_url, trial.scenario), log)
+        if stopped:
+            time.sleep(FREEZE_SECONDS)
+            os.kill(victim, signal.SIGCONT)
+        found = []
+        if healer is not None:
+            healed, _ = wait_for(healer, HEALER_SECONDS)
+            if healed != 0:
+                found.append(f"the second telling ended with {healed}")
+                kill(healer)
+        if ended is None:
+            ended, _ = wait_for(victim, VICTIM_SECONDS)
+            if ended is None:
+                found.append("the victim never ended")
+                kill(victim)
+        if not (folder / "struck").exists():
+            found.append("the point was not reached")
+        found += small_audit.findings(folder, SCENARIOS[trial.scenario].ends)
+        found += check(folder, trial.scenario)
+    if found:
+        found.append(log.read_text(errors="replace")[-3000:] if log.exists() else "no log")
+    log.unlink(missing_ok=True)
+    return found
+
+
+def check(folder: Path, scenario: str) -> list[str]:
+    """The story's own findings."""
+    from tests.chaos.scenarios import SCENARIOS
+
+    small_site.enter(folder)
+    try:
+        return SCENARIOS[scenario].check()
+    finally:
+        small_site.leave()
+
+
+def wait_for(pid: int, seconds: float, until: Callable[[], bool] = lambda: False) -> tuple[int | None, bool]:
+    """(exit code, negative for a signal; None while it lives; whether it is stopped)."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+        if found:
+            if os.WIFSTOPPED(status):
+                return None, True
+            return os.waitstatus_to_exitcode(status), False
+        if until():
+            return None, False
+        time.sleep(0.01)
+    return None, False
+
+
+def kill(pid: int) -> None:
+    """Away with it."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+# --- all trials -------------------------------------------------------------------------------------------------------
+
+
+def census(template: Path, work: Path, broker_url: str) -> dict[str, list[str]]:
+    """{scenario: points that it reaches}, each told once without any fault."""
+    from tests.chaos.scenarios import SCENARIOS
+
+    reached: dict[str, list[str]] = {}
+    for name in SCENARIOS:
+        folder = work / f"census-{len(reached)}"
+        with small_site.copied(template, folder):
+            os.environ[journal.FOLDER_VARIABLE], os.environ[journal.NODE_VARIABLE] = str(folder / "journals"), "one"
+
+            def record(folder: Path = folder, name: str = name) -> None:
+                from core import failpoints
+
+                descriptor = os.open(folder / "points", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+                failpoints.install(lambda point: os.write(descriptor, f"{point}\n".encode()) and None)
+                tell(folder, broker_url, name)
+
+            log = work / "census.log"
+            pid = fork(record, log)
+            code, _ = wait_for(pid, VICTIM_SECONDS)
+            found = small_audit.findings(folder, SCENARIOS[name].ends) + check(folder, name)
+            if code != 0 or found:
+                raise SystemExit(f"story {name!r} fails without any fault ({code}): {found}\n{log.read_text()[-4000:]}")
+            log.unlink(missing_ok=True)
+            reached[name] = list(dict.fromkeys((folder / "points").read_text().split()))
+    return reached
+
+
+def trials_of(reached: dict[str, list[str]], only: str) -> list[Trial]:
+    """Each point once with each fault, in the shortest story that reaches it."""
+    shortest = sorted(reached, key=lambda name: len(reached[name]))
+    chosen: dict[str, str] = {}
+    for name in shortest:
+        for point in reached[name]:
+            chosen.setdefault(point, name)
+    points = [point for point in side_effects.points() if point in chosen and point.startswith(only)]
+    return [Trial(chosen[point], point, fault) for fault in FAULTS for point in points]
+
+
+def run_all(
+    trials: Sequence[Trial], template: Path, work: Path, broker_url: str, at_once: int
+) -> dict[Trial, list[str]]:
+    """Every trial, several at a time. Returns the failures."""
+    waiting, running, failures = list(enumerate(trials)), {}, {}
+    done = 0
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            number, trial = waiting.pop(0)
+            answer = work / f"answer-{number}"
+
+            def supervise(number: int = number, trial: Trial = trial, answer: Path = answer) -> None:
+                answer.write_text(json.dumps(attempt(trial, template, work / f"site-{number}", broker_url)))
+
+            running[fork(supervise, work / "supervisors.log")] = (trial, answer)
+        pid, status = os.wait()
+        trial, answer = running.pop(pid)
+        found = json.loads(answer.read_text()) if answer.exists() else [f"the supervisor ended with {status}"]
+        done += 1
+        if found:
+            failures[trial] = found
+            sys.stdout.write(f"WRONG {trial.scenario} / {trial.point} / {trial.fault}: {'; '.join(found[:-1])}\n")
+        if done % 25 == 0 or done == len(trials):
+            sys.stdout.write(f"{done} of {len(trials)} trials, {len(failures)} wrong\n")
+        sys.stdout.flush()
+    return failures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 when every trial ended well and every point was reached."""
+    options = ArgumentParser("python -m tests.chaos.failpoints", description=__doc__.split("\n\n")[0])
+    options.add_argument("--only", default="", help="points whose name begins so")
+    options.add_argument("--fault", choices=FAULTS, help="this fault alone")
+    options.add_argument("--at-once", type=int, default=6, help="trials side by side; most of them wait (%(default)s)")
+    given = options.parse_args(arguments)
+    from tests.services import valkey
+
+    work = Path(tempfile.mkdtemp(prefix="failpoints-"))
+    try:
+        small_site.load()
+        with valkey(work / "valkey") as broker_url:
+            small_site.make_template(work / "template")
+            reached = census(work / "template", work, broker_url)
+            trials = [t for t in trials_of(reached, given.only) if given.fault in (None, t.fault)]
+            failures = run_all(trials, work / "template", work, broker_url, given.at_once)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    everywhere = {point for points in reached.values() for point in points}
+    unreached = sorted(set(side_effects.points()) - everywhere)
+    for trial, found in failures.items():
+        sys.stdout.write(f"\n=== {trial}\n" + "\n".join(found) + "\n")
+    answer = {
+        "points": len(side_effects.points()),
+        "trials": len(trials),
+        "unreached": unreached,
+        "failures": [asdict(trial) for trial in failures],
+    }
+    sys.stdout.write(json.dumps(answer) + "\n")
+    return 1 if failures or unreached else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "lorasite.settings.test")
+    sys.exit(main())
