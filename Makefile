@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(TOR
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo up test test-gpu mutate check bench clean
+.PHONY: help setup setup-dev demo up test test-gpu mutate check bench chaos clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -64,6 +64,10 @@ bench: setup-dev  ## Run every benchmark in tests/benchmarks; each prints one JS
 	@for file in tests/benchmarks/[a-z]*.py; do \
 		$(BIN)/python -m tests.benchmarks.$$(basename $$file .py) || exit 1; \
 	done
+
+chaos: setup-dev  ## Kill, freeze and cut off a real site; audit every job (KILLS=300 SEED=7 DATABASE=postgres|sqlite)
+	$(BIN)/python -m tests.chaos.run --kills $(or $(KILLS),300) --database $(or $(DATABASE),postgres) \
+		$(if $(SEED),--seed $(SEED))
 
 clean:  ## Remove caches and .venv; your data in var/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
