@@ -1,9 +1,22 @@
 """The operator's pages: every record registered, one file per subject. Importing this package registers them."""
 
-from jobs.admin import accounts, base_model, dataset, generation, home, job, job_history, lora, training, worker
+from jobs.admin import (
+    accounts,
+    artifact,
+    base_model,
+    dataset,
+    generation,
+    home,
+    job,
+    job_history,
+    lora,
+    training,
+    worker,
+)
 
 __all__ = [
     "accounts",
+    "artifact",
     "base_model",
     "dataset",
     "generation",

@@ -14,7 +14,9 @@ from unfold.admin import ModelAdmin
 from unfold.decorators import action, display
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
 
-from jobs.models import ApiKey, User
+from jobs.admin.readonly import ReadOnlyAdmin, duration
+from jobs.models import ApiKey, OwnerUsage, User
+from jobs.usage import decayed
 
 admin.site.unregister(Group)
 
@@ -28,13 +30,43 @@ class GroupAdmin(DjangoGroupAdmin, ModelAdmin):
 class UserAdmin(DjangoUserAdmin, ModelAdmin):
     """People with an account. Deactivate instead of deleting: a person's rows go with the account."""
 
-    list_display = ["username", "email", "is_active", "is_staff", "is_superuser", "last_login"]
+    list_display = [
+        "username",
+        "email",
+        "is_active",
+        "is_staff",
+        "is_superuser",
+        "scheduling_weight",
+        "used_lately",
+        "last_login",
+    ]
     list_filter = ["is_active", "is_staff", "is_superuser", "groups"]
     search_fields = ["username", "email"]
-    readonly_fields = ["last_login", "date_joined"]
+    readonly_fields = ["last_login", "date_joined", "used_lately"]
+    list_select_related = ["usage"]
+    fieldsets = (
+        *(DjangoUserAdmin.fieldsets or ()),
+        ("Share of the workers", {"fields": ["scheduling_weight", "used_lately"]}),
+    )
     form = UserChangeForm
     add_form = UserCreationForm
     change_password_form = AdminPasswordChangeForm
+
+    @display(description="Used lately", ordering="usage__worker_seconds")
+    def used_lately(self, person: User) -> str:
+        """Worker time as it counts for fair turns now: the older, the less."""
+        usage = getattr(person, "usage", None)
+        return "-" if usage is None else duration(decayed(usage.worker_seconds, usage.as_of, timezone.now()))
+
+
+@admin.register(OwnerUsage)
+class OwnerUsageAdmin(ReadOnlyAdmin):
+    """What people used of the workers lately; their turns follow from it."""
+
+    list_display = ["owner", "worker_seconds", "as_of"]
+    search_fields = ["owner__username"]
+    list_select_related = ["owner"]
+    ordering = ["-worker_seconds"]
 
 
 @admin.register(ApiKey)

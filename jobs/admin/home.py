@@ -1,20 +1,24 @@
 """The admin's first page: what is wrong, what runs and waits, what failed last."""
 
+from datetime import datetime
 from typing import Any
 
 from django.contrib import admin
-from django.db.models import Count, QuerySet
+from django.db.models import Count, Min, Q, QuerySet, Sum
 from django.http import HttpRequest
 from django.urls import reverse
+from django.utils import timezone
 
-from jobs.admin.readonly import record_link, state_label
+from jobs.admin.readonly import duration, record_link, state_label
 from jobs.dispatch import leader_age_seconds
-from jobs.models import BaseModel, Job, WorkerProcess
+from jobs.models import BaseModel, Job, LeaderLease, User, WorkerProcess
 from jobs.status import ACTIVE, JobState, WorkerState
+from jobs.usage import decayed
 from jobs.workers import live_workers
 
 SILENT_SECONDS = 30.0  # after which a dispatcher counts as gone
 SHOWN_JOBS = 8
+SHOWN_PEOPLE = 8
 
 admin.site.index_template = "jobs/admin/home.html"
 admin.site.index_title = "Overview"
@@ -23,7 +27,7 @@ admin.site.index_title = "Overview"
 def home_context(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
     """Adds the home page's figures for those who may see jobs."""
     if request.user.has_perm("jobs.view_job"):
-        context |= {"problems": _problems(), "counts": _counts(), "tables": _tables()}
+        context |= {"problems": _problems(), "counts": _counts(), "tables": [*_lines(), *_tables()]}
     return context
 
 
@@ -58,6 +62,68 @@ def _counts() -> list[dict[str, Any]]:
         "link": reverse("admin:jobs_workerprocess_changelist"),
     }
     return [*counts, ready]
+
+
+def _lines() -> list[dict[str, Any]]:
+    """The waiting line by kind and by person, and who leads the dispatchers."""
+    now = timezone.now()
+    active = Job.objects.filter(state__in=ACTIVE).order_by()
+    waits = Count("pk", filter=Q(state=JobState.QUEUED))
+    work = Sum("estimated_seconds", filter=Q(state=JobState.QUEUED), default=0.0)
+    since = Min("queued_at", filter=Q(state=JobState.QUEUED))
+    kinds = (
+        active.values("kind")
+        .annotate(waiting=waits, both=Count("pk"), work=work, since=since)
+        .values_list("kind", "waiting", "both", "work", "since")
+        .order_by("kind")
+    )
+    people = User.objects.filter(jobs__state=JobState.QUEUED).annotate(
+        waiting=Count("jobs"), work=Sum("jobs__estimated_seconds"), since=Min("jobs__queued_at")
+    )
+    leaders = LeaderLease.objects.order_by("role")
+    return [
+        {
+            "title": "Waiting by kind of work",
+            "empty": "Nothing waits.",
+            "rows": [
+                [
+                    kind,
+                    f"{waiting} waiting",
+                    f"{both - waiting} held by workers",
+                    f"about {duration(seconds)} of work",
+                    f"the oldest for {duration((now - oldest).total_seconds())}" if oldest else "-",
+                ]
+                for kind, waiting, both, seconds, oldest in kinds
+            ],
+        },
+        {
+            "title": "Who waits",
+            "empty": "Nobody waits.",
+            "rows": [
+                [
+                    record_link(person),
+                    f"{person.waiting} waiting",
+                    f"about {duration(person.work)} of work",
+                    f"for {duration((now - person.since).total_seconds())}",
+                    f"weight {person.scheduling_weight:g}, used {_used(person, now)} lately",
+                ]
+                for person in people.select_related("usage").order_by("since")[:SHOWN_PEOPLE]
+            ],
+        },
+        {
+            "title": "Who leads",
+            "empty": "No dispatcher has run yet.",
+            "rows": [
+                [lease.role, lease.holder or "nobody", f"heard {duration((now - lease.beat_at).total_seconds())} ago"]
+                for lease in leaders
+            ],
+        },
+    ]
+
+
+def _used(person: User, now: datetime) -> str:
+    usage = getattr(person, "usage", None)
+    return "nothing" if usage is None else duration(decayed(usage.worker_seconds, usage.as_of, now))
 
 
 def _tables() -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from django.contrib import admin, messages
 from django.db.models import Model, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
 from django.template.loader import render_to_string
+from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.decorators import action, display
@@ -18,6 +19,7 @@ from jobs.admin.readonly import (
     STATE_COLOURS,
     ReadOnlyAdmin,
     admin_url,
+    duration,
     leave_dialog,
     pretty_json,
     record_link,
@@ -27,7 +29,7 @@ from jobs.errors import JobsError
 from jobs.lifecycle import job_cancel
 from jobs.models import Job
 from jobs.retry import RETRYABLE, job_retry
-from jobs.status import ACTIVE
+from jobs.status import ACTIVE, JobState
 
 HEAVY_COLUMNS = ("spec", "checkpoint", "error_traceback")
 
@@ -44,6 +46,7 @@ class JobAdmin(ReadOnlyAdmin):
         "figures_line",
         "tries",
         "created_at",
+        "waiting",
         "took",
     ]
     list_filter = ["state", "kind", "created_at"]
@@ -54,21 +57,64 @@ class JobAdmin(ReadOnlyAdmin):
         "figures_line",
         "error",
         "result",
+        "waiting",
+        "estimate",
         "took",
         "held_by",
+        "memory",
         "shown_spec",
         "shown_checkpoint",
         "shown_traceback",
     ]
     fieldsets = [
         (None, {"fields": ["kind", "owner", "state_shown", "progress", "figures_line", "error", "result"]}),
-        ("Times", {"fields": ["created_at", "started_at", "finished_at", "took", "deadline", "not_before"]}),
+        (
+            "Times",
+            {
+                "fields": [
+                    "created_at",
+                    "waiting",
+                    "estimate",
+                    "started_at",
+                    "finished_at",
+                    "took",
+                    "deadline",
+                    "not_before",
+                ]
+            },
+        ),
         (
             "Worker",
-            {"fields": ["held_by", "lease_until", "cancel_requested_at", "attempts_count", "used_worker_seconds"]},
+            {
+                "fields": [
+                    "held_by",
+                    "lease_until",
+                    "cancel_requested_at",
+                    "yield_requested_at",
+                    "yielded_at",
+                    "attempts_count",
+                    "used_worker_seconds",
+                ]
+            },
         ),
-        ("Configuration", {"fields": ["base_model", "priority", "shown_spec", "spec_hash"]}),
-        ("Recovery", {"fields": ["checkpoint_step", "shown_checkpoint", "barren_losses", "shown_traceback"]}),
+        (
+            "Configuration",
+            {"fields": ["base_model", "priority", "shown_spec", "spec_hash", "spec_version", "batch_key"]},
+        ),
+        (
+            "Recovery",
+            {
+                "fields": [
+                    "checkpoint_step",
+                    "shown_checkpoint",
+                    "memory",
+                    "barren_losses",
+                    "store_retries",
+                    "surprise_retries",
+                    "shown_traceback",
+                ]
+            },
+        ),
     ]
     inlines = [JobAttemptInline, JobEventInline]
     list_select_related = ["owner", "worker"]
@@ -131,8 +177,24 @@ class JobAdmin(ReadOnlyAdmin):
         """From the first claim to the end."""
         if job.started_at is None or job.finished_at is None:
             return "-"
-        seconds = (job.finished_at - job.started_at).total_seconds()
-        return f"{seconds:.0f}\N{NO-BREAK SPACE}s" if seconds < 120 else f"{seconds / 60:.0f}\N{NO-BREAK SPACE}min"
+        return duration((job.finished_at - job.started_at).total_seconds())
+
+    @display(description="Waiting", ordering="queued_at")
+    def waiting(self, job: Job) -> str:
+        """How long a queued job waits since it last came into the line."""
+        if job.state != JobState.QUEUED:
+            return "-"
+        return duration(max(0.0, (timezone.now() - job.queued_at).total_seconds()))
+
+    @display(description="Estimate", ordering="estimated_seconds")
+    def estimate(self, job: Job) -> str:
+        """Worker seconds that were expected at submission."""
+        return duration(job.estimated_seconds) if job.estimated_seconds else "-"
+
+    @display(description="Memory savings")
+    def memory(self, job: Job) -> str:
+        """The rung of the ladder that the next try begins at."""
+        return f"rung {job.memory_rung}, after running out of memory" if job.memory_rung else "none needed so far"
 
     @display(description="Held by")
     def held_by(self, job: Job) -> str | SafeString:

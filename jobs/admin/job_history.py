@@ -13,7 +13,17 @@ class JobAttemptInline(ReadOnlyInline):
     """Every try of the job."""
 
     model = JobAttempt
-    fields = ["token", "worker_name", "started_at", "ended_at", "outcome", "reason", "from_step", "to_step"]
+    fields = [
+        "token",
+        "worker_name",
+        "started_at",
+        "ended_at",
+        "outcome",
+        "reason",
+        "from_step",
+        "to_step",
+        "memory_rung",
+    ]
     readonly_fields = fields
 
 
@@ -41,6 +51,7 @@ class JobAttemptAdmin(ReadOnlyAdmin):
         "reason",
         "from_step",
         "to_step",
+        "memory_rung",
         "started_at",
         "ended_at",
     ]
@@ -55,6 +66,10 @@ class JobAttemptAdmin(ReadOnlyAdmin):
             "succeeded": "success",
             "failed": "danger",
             "lost": "danger",
+            "released": "info",
+            "preempted": "info",
+            "oom": "warning",
+            "device_error": "danger",
             "cancelled": "warning",
             "running": "primary",
         },

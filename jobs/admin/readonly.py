@@ -68,6 +68,13 @@ class ReadOnlyInline(TabularInline):
         return False
 
 
+def duration(seconds: float) -> str:
+    """A time span in the unit that suits it, as "83 s", "12 min" or "5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f}\N{NO-BREAK SPACE}s"
+    return f"{seconds / 60:.0f}\N{NO-BREAK SPACE}min" if seconds < 7200 else f"{seconds / 3600:.0f}\N{NO-BREAK SPACE}h"
+
+
 def admin_url(record: Model) -> str:
     """Address of a record's page in the admin."""
     meta = record._meta

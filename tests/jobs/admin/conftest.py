@@ -14,6 +14,7 @@ from jobs.artifacts import artifact_put_stream
 from jobs.lifecycle import job_created
 from jobs.models import (
     ApiKey,
+    Artifact,
     BaseModel,
     Dataset,
     DatasetImage,
@@ -26,6 +27,7 @@ from jobs.models import (
     LeaderLease,
     Lora,
     LoraVersion,
+    OwnerUsage,
     TrainingRun,
     User,
     WorkerProcess,
@@ -98,8 +100,11 @@ def site(db: None) -> Site:
     base.job = make_job(operator, JobKind.PREPARE_BASE, JobState.SUCCEEDED, {"source": base.source}, base_model=base)
     base.save()
 
+    OwnerUsage.objects.create(owner=creator, worker_seconds=540.0, as_of=timezone.now())
+
     dataset = Dataset.objects.create(owner=creator, name="blueprints")
     sha256, size_bytes = stored_picture("navy")
+    Artifact.objects.get_or_create(sha256=sha256, defaults={"size_bytes": size_bytes})
     picture = DatasetImage.objects.create(
         owner=creator,
         dataset=dataset,

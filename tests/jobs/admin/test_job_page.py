@@ -1,13 +1,15 @@
 """What an operator sees of a job, and the two things that may be done to it."""
 
+from datetime import timedelta
 from uuid import uuid4
 
 import pytest
 from django.test import Client
 from django.urls import reverse
+from django.utils import timezone
 
 from jobs.models import DatasetVersion, Job, JobAttempt, JobEvent
-from jobs.status import JobKind, JobState
+from jobs.status import AttemptOutcome, JobKind, JobState
 from tests.jobs.admin.conftest import Site, make_job
 
 LIST = "/admin/jobs/job/"
@@ -35,6 +37,28 @@ def test_a_running_job_shows_stage_percentage_and_figures(site: Site, operator_c
     assert "150 / 400" in text
     assert "loss 0.1234" in text
     assert "node-1:4242" in text
+
+
+def test_a_preempted_job_shows_its_tries_savings_wait_and_estimate(site: Site, operator_client: Client) -> None:
+    now = timezone.now()
+    job = make_job(
+        site.creator,
+        JobKind.TRAIN,
+        JobState.QUEUED,
+        {},
+        queued_at=now - timedelta(seconds=600),
+        estimated_seconds=5400.0,
+        memory_rung=2,
+        batch_key="b" * 64,
+    )
+    for token, outcome in ((1, AttemptOutcome.PREEMPTED), (2, AttemptOutcome.OUT_OF_MEMORY)):
+        times = {"started_at": now, "ended_at": now}
+        JobAttempt.objects.create(job=job, token=token, worker_name="node-9:1", outcome=outcome, memory_rung=1, **times)
+    text = operator_client.get(page(job)).content.decode().replace("\N{NO-BREAK SPACE}", " ")
+    for shown in ("10 min", "90 min", "rung 2", "made room for interactive work", "too little memory", "b" * 64):
+        assert shown in text, shown
+    tries = operator_client.get(reverse("admin:jobs_jobattempt_changelist")).content.decode()
+    assert "preempted" in tries and "oom" in tries
 
 
 def test_a_job_cannot_be_edited_added_or_deleted_by_post(site: Site, operator_client: Client) -> None:

@@ -73,3 +73,26 @@ def test_an_account_can_be_added_and_given_a_password(operator_client: Client) -
     }
     operator_client.post(reverse("admin:jobs_user_add"), form)
     assert User.objects.get(username="newcomer").check_password("a-long-Pass-9")
+
+
+def test_a_persons_weight_is_set_on_their_page_and_their_usage_is_shown(site: Site, operator_client: Client) -> None:
+    url = reverse("admin:jobs_user_change", args=[site.creator.pk])
+    text = operator_client.get(url).content.decode().replace("\N{NO-BREAK SPACE}", " ")
+    assert "Share of the workers" in text and "9 min" in text
+    form = {
+        "username": "creator",
+        "is_active": "on",
+        "scheduling_weight": "2.5",
+        "date_joined_0": "2026-01-01",
+        "date_joined_1": "00:00",
+    }
+    assert operator_client.post(url, form).status_code == 302
+    assert User.objects.get(pk=site.creator.pk).scheduling_weight == 2.5
+    assert operator_client.post(url, {**form, "scheduling_weight": "0"}).status_code == 200, "refused"
+    assert User.objects.get(pk=site.creator.pk).scheduling_weight == 2.5
+
+
+def test_the_first_page_says_what_waits_who_waits_and_who_leads(site: Site, operator_client: Client) -> None:
+    text = operator_client.get(reverse("admin:index")).content.decode().replace("\N{NO-BREAK SPACE}", " ")
+    for shown in ("Waiting by kind of work", "1 held by workers", "Who waits", "weight 1", "Who leads", "node-1:99"):
+        assert shown in text, shown
