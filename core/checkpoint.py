@@ -3,7 +3,6 @@
 A folder appears whole or not at all, says which run it belongs to, and holds the hash of each of its files.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from core.config import TrainConfig, canonical_json_hash
 from core.errors import CheckpointMismatch, CoreError
+from core.failpoints import side_effect
+from core.file_hash import hash_file
 from core.lora_kohya import read_kohya, write_kohya
 from core.lora_state import LoraState
 from core.tensor_files import load_tensors, serialize, sync_folder, write_whole
@@ -29,6 +30,10 @@ FORMAT = 1
 KEPT = 2
 # These change speed, memory or what is kept, never what is learnt. The two batch fields count as their product.
 FREE_FIELDS = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "checkpoint_every_steps")
+
+# What reading a folder raises that is not as it was written.
+TORN = (CoreError, OSError, ValueError, KeyError, TypeError, RecursionError)
+PARTIAL_PREFIX = ".partial-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,42 +87,53 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, identity: RunIdentity, metadata: dict[str, str]) -> Path:
-    """Write `folder/step-NNNNNN/` and drop all but the newest two.
+    """Write `folder/step-NNNNNN/`, then drop all but it and the newest whole one before it.
 
-    `lora.safetensors` in it is an ordinary kohya file that can be generated with.
+    `lora.safetensors` in it is an ordinary kohya file that can be generated with. Nothing whole is deleted before the
+    new folder is durable.
 
     Args:
         folder: Holds all step folders of one run.
         checkpoint: What to keep.
         identity: Of the run, checked when it is continued.
         metadata: Header strings of the LoRA file.
+
+    Raises:
+        OSError: It could not be written (disk full ...); what was there is still there, and no part of the new one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".partial-*"):  # of a process that was killed while saving
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial = folder / f".partial-{uuid.uuid4().hex}"
-    write_kohya(partial / LORA_NAME, checkpoint.lora, metadata)
-    optimizer = {name: tensor.detach().cpu() for name, tensor in checkpoint.optimizer.items()}
-    write_whole(partial / OPTIMIZER_NAME, serialize(optimizer, {}))
-    state = {
-        "format": FORMAT,
-        "step": checkpoint.step,
-        "config_hash": identity.config_hash,
-        **asdict(identity),
-        "files": {name: _sha256(partial / name) for name in (LORA_NAME, OPTIMIZER_NAME)},
-        "scaler": checkpoint.scaler,
-        "losses": checkpoint.losses,
-        "started_at": checkpoint.started_at,
-        "seconds": checkpoint.seconds,
-    }
-    state["state_hash"] = canonical_json_hash(state)
-    write_whole(partial / STATE_NAME, json.dumps(state, allow_nan=False).encode())
-    final = folder / f"step-{checkpoint.step:06d}"
-    shutil.rmtree(final, ignore_errors=True)  # a torn one of the same step: rename wants an empty place
-    os.replace(partial, final)  # noqa: PTH105  (Path.replace cannot say that both are folders)
-    sync_folder(folder)
-    for old in _step_folders(folder)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    with side_effect("checkpoint.make_folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+    sync_folder(folder.parent)
+    _drop_partial(folder)  # of a process that was killed while saving
+    partial, final = folder / f"{PARTIAL_PREFIX}{uuid.uuid4().hex}", folder / f"step-{checkpoint.step:06d}"
+    try:
+        write_kohya(partial / LORA_NAME, checkpoint.lora, metadata)
+        optimizer = {name: tensor.detach().cpu() for name, tensor in checkpoint.optimizer.items()}
+        write_whole(partial / OPTIMIZER_NAME, serialize(optimizer, {}))
+        state = {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "config_hash": identity.config_hash,
+            **asdict(identity),
+            "files": {name: hash_file(partial / name) for name in (LORA_NAME, OPTIMIZER_NAME)},
+            "scaler": checkpoint.scaler,
+            "losses": checkpoint.losses,
+            "started_at": checkpoint.started_at,
+            "seconds": checkpoint.seconds,
+        }
+        state["state_hash"] = canonical_json_hash(state)
+        write_whole(partial / STATE_NAME, json.dumps(state, allow_nan=False).encode())
+        if final.exists():  # torn, or the run would have gone on from it; a rename wants an empty place
+            with side_effect("checkpoint.set_aside"):
+                os.replace(final, folder / f"{PARTIAL_PREFIX}{uuid.uuid4().hex}")  # noqa: PTH105
+        with side_effect("checkpoint.rename"):
+            os.replace(partial, final)  # noqa: PTH105  (Path.replace cannot say that both are folders)
+        sync_folder(folder)
+    finally:
+        _drop_partial(folder)
+    for old in _superseded(folder, final):
+        with side_effect("checkpoint.drop_old"):
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -130,7 +146,7 @@ def newest_valid(folder: Path, expect: RunIdentity) -> Checkpoint | None:
     for path in _step_folders(folder):
         try:
             state = _read_state(path)
-        except (CoreError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except TORN as error:
             logger.warning("checkpoint skipped folder=%s reason=%s", path.name, error)
             continue
         _check_identity(path, state, expect)
@@ -145,7 +161,7 @@ def newest_valid(folder: Path, expect: RunIdentity) -> Checkpoint | None:
                 started_at=float(state["started_at"]),
                 seconds=float(state["seconds"]),
             )
-        except (CoreError, OSError, ValueError, KeyError, TypeError) as error:
+        except TORN as error:
             logger.warning("checkpoint skipped folder=%s reason=%s", path.name, error)
     return None
 
@@ -153,6 +169,37 @@ def newest_valid(folder: Path, expect: RunIdentity) -> Checkpoint | None:
 def _step_folders(folder: Path) -> list[Path]:
     """Step folders, newest first."""
     return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6}", path.name)), reverse=True)
+
+
+def _superseded(folder: Path, newest: Path) -> list[Path]:
+    """What the folder no longer needs: all but `newest` and the whole ones next before it, `KEPT` together.
+
+    One of a later step was found torn when this run began, or the run would have gone on from it. Torn ones never
+    count as kept: names alone would let two of them push out the one that was just written.
+    """
+    kept, superseded = 1, []
+    for path in _step_folders(folder):
+        if path == newest:
+            continue
+        if path.name < newest.name and kept < KEPT and _is_whole(path):
+            kept += 1
+        else:
+            superseded.append(path)
+    return superseded
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _read_state(path)
+    except TORN:
+        return False
+    return True
+
+
+def _drop_partial(folder: Path) -> None:
+    for path in folder.glob(f"{PARTIAL_PREFIX}*"):
+        with side_effect("checkpoint.drop_partial"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -167,7 +214,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     if state.pop("state_hash", None) != canonical_json_hash(state):
         raise ValueError(f"{STATE_NAME} is not as it was written")
     for name in (LORA_NAME, OPTIMIZER_NAME):
-        if _sha256(path / name) != state["files"][name]:
+        if hash_file(path / name) != state["files"][name]:
             raise ValueError(f"{name} is not as it was written")
     if len(state["losses"]) != state["step"] or path.name != f"step-{state['step']:06d}":
         raise ValueError(f"{STATE_NAME} contradicts itself or its folder's name")
@@ -193,8 +240,3 @@ def _check_identity(path: Path, state: dict[str, Any], expect: RunIdentity) -> N
             f"checkpoint {path} belongs to {' and '.join(reasons)}: go on with the old one, "
             "or start afresh in another output folder"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -82,6 +82,8 @@ def save_png(image: Image.Image, path: Path, infotext: str) -> None:
     handle, partial = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
     with os.fdopen(handle, "wb") as file:
         file.write(encode_picture(image, infotext))
+        file.flush()
+        os.fsync(file.fileno())  # a resumed training takes a picture that is there for a whole one
     Path(partial).chmod(0o644)
     Path(partial).replace(path)
 

@@ -16,6 +16,15 @@ from core.manifest import DatasetManifest
 
 DATASET_LABEL = "dataset"
 MODELSPEC_VERSION = "1.0.1"
+# All in which the files of two equal trainings differ: times, and what is computed from them. The last one is kohya's
+# hash of a piece of the file that starts behind 1 MiB; the length of the header decides which bytes lie there.
+TIME_AND_SESSION_KEYS = (
+    "ss_session_id",
+    "ss_training_started_at",
+    "ss_training_finished_at",
+    "modelspec.date",
+    "sshs_legacy_hash",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from core.errors import LoraFileError
+from core.failpoints import side_effect
 from core.lora_header import LoraHeader, read_header
 
 
@@ -33,16 +34,21 @@ def serialize(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is never seen half: temporary name, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with side_effect("file.make_folder"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+            with side_effect("file.write"):
+                file.write(data)
+                file.flush()
+            with side_effect("file.fsync"):
+                os.fsync(file.fileno())
+        with side_effect("file.rename"):
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with side_effect("file.drop_partial"):
+            partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -50,7 +56,8 @@ def sync_folder(folder: Path) -> None:
     """Make renames inside a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with side_effect("folder.fsync"):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

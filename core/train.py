@@ -98,7 +98,7 @@ def train(
 
     Raises:
         CheckpointMismatch: `work_folder` holds checkpoints of another run.
-        TrainingDiverged: The loss or the gradient became NaN or infinite.
+        TrainingDiverged: The loss, the gradient or the weights became NaN or infinite; nothing is exported.
         Interrupted: As `report` raised it.
     """
     # --- parts, in the order in which they need each other ---
@@ -157,6 +157,10 @@ def train(
 
     def save() -> None:
         nonlocal saved
+        if not torch.isfinite(weights.flat).all():  # the loss of the step that overflowed them was still finite
+            raise TrainingDiverged(
+                f"step {done}: the weights became NaN or infinite; lower the learning rate ({config.learning_rate:g})"
+            )
         state = Checkpoint(
             step=done, lora=weights.state(), optimizer=optimizer.state[weights.flat], scaler=scaler.state_dict(),
             losses=losses, started_at=started_at, seconds=seconds_before + time.monotonic() - loop_started,
