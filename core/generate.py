@@ -19,10 +19,12 @@ from torch import Tensor
 from core.base_source import fetch_source
 from core.command_line import ProgressBar, add_config_options, parser, read_config, run_command
 from core.config import GenerateConfig
-from core.errors import ConfigError
+from core.errors import ConfigError, Interrupted
 from core.file_hash import hash_file
+from core.generation_party import NobodyLeft, Party
 from core.image_files import infotext, save_png
 from core.lora_utils import apply_lora
+from core.memory_ladder import GENERATION_RUNGS, GenerationMemory
 from core.pipelines import LoadedBase, load_base, pick_device
 from core.prepared_base import DEFAULT_CACHE_FOLDER, ensure_prepared
 from core.progress import Progress, Report, silent
@@ -33,15 +35,14 @@ from core.vae import decode_latents
 
 logger = logging.getLogger(__name__)
 
-PICTURES_PER_FORWARD = 8
-"""Bounds memory: a request of 64 pictures runs as 8 micro-batches, each of twice 8 samples under guidance."""
-
 
 def generate(
     base: LoadedBase,
     config: GenerateConfig,
     loras: Sequence[tuple[Path, float]] = (),
     report: Report = silent,
+    *,
+    memory: GenerationMemory = GENERATION_RUNGS[0],
 ) -> list[Image.Image]:
     """Draw `config.count` pictures.
 
@@ -50,6 +51,7 @@ def generate(
         config: The request; the LoRAs it names are the caller's to find.
         loras: Files and their weights, applied together and taken off again, whatever happens.
         report: Called after each denoising step; may raise `core.errors.Interrupted`, which stops the work.
+        memory: How much to save.
 
     Returns:
         RGB pictures, in the order of `config.seeds()`. A seed gives the same picture, to rounding, whatever
@@ -59,23 +61,63 @@ def generate(
         ConfigError: Size or clip skip do not fit the base.
         LoraFileError: A LoRA does not fit the base.
     """
-    started = time.monotonic()
-    check_size(base, config.width, config.height)
-    seeds = config.seeds()
-    batches = [seeds[start : start + PICTURES_PER_FORWARD] for start in range(0, len(seeds), PICTURES_PER_FORWARD)]
-    pictures: list[Image.Image] = []
-    with apply_lora(base.unet, list(loras), text_encoder=base.text_encoder):
-        guided = config.guidance > 1
-        prompts = [config.negative_prompt, config.prompt] if guided else [config.prompt]
-        embeddings = encode_prompts(base, prompts, config.clip_skip).embeddings  # (2 or 1, tokens, dim)
-        for number, batch in enumerate(batches):
-            latents = denoise(base, config, embeddings, batch, _part_report(report, number, len(batches)))
-            pictures += to_pictures(decode_latents(base, latents))
-    logger.info(
-        "generated count=%d size=%dx%d steps=%d sampler=%s loras=%d seconds=%.2f",
-        config.count, config.width, config.height, config.steps, config.sampler, len(loras), time.monotonic() - started,
-    )  # fmt: skip
+    (pictures,) = generate_together(base, [config], loras, [report], memory=memory)
+    if isinstance(pictures, Interrupted):
+        raise pictures
     return pictures
+
+
+def generate_together(
+    base: LoadedBase,
+    configs: Sequence[GenerateConfig],
+    loras: Sequence[tuple[Path, float]],
+    reports: Sequence[Report],
+    *,
+    memory: GenerationMemory = GENERATION_RUNGS[0],
+) -> list[list[Image.Image] | Interrupted]:
+    """Draw several requests at once that differ in nothing but prompts, seeds and counts.
+
+    Args:
+        base: The model; its weights are not changed.
+        configs: The requests, >= 1.
+        loras: Of all of them alike.
+        reports: One per request, called after each step; a request whose report raises `core.errors.Interrupted`
+            drops out, the others go on.
+        memory: How much to save.
+
+    Returns:
+        Per request its pictures in seed order, equal to rounding to those it gets alone; or what its report raised.
+
+    Raises:
+        ConfigError: Size or clip skip do not fit the base, or the requests do not fit each other.
+        LoraFileError: A LoRA does not fit the base.
+    """
+    started = time.monotonic()
+    shared = configs[0]
+    check_size(base, shared.width, shared.height)
+    _check_alike(configs)
+    party = Party(reports, [config.count for config in configs], shared.steps, memory.pictures_per_forward)
+    with apply_lora(base.unet, list(loras), text_encoder=base.text_encoder):
+        guided = shared.guidance > 1
+        texts = []  # per request (2 or 1, tokens, dim)
+        for config in configs:
+            prompts = [config.negative_prompt, config.prompt] if guided else [config.prompt]
+            texts.append(encode_prompts(base, prompts, config.clip_skip).embeddings)
+        while chunk := party.next_chunk():
+            seeds = [configs[member].seed + number for member, number in chunk]
+            embeddings = torch.stack([texts[member] for member, _ in chunk], dim=1).flatten(0, 1)  # (2n or n, t, d)
+            try:
+                latents = denoise(base, shared, embeddings, seeds, party.report)  # (n, c, h, w)
+            except NobodyLeft:
+                continue
+            party.add(to_pictures(decode_latents(base, latents, frugal=memory.frugal_vae)))
+    results = party.results()
+    logger.info(
+        "generated requests=%d count=%d size=%dx%d steps=%d sampler=%s loras=%d seconds=%.2f",
+        len(configs), sum(config.count for config in configs), shared.width, shared.height, shared.steps,
+        shared.sampler, len(loras), time.monotonic() - started,
+    )  # fmt: skip
+    return results
 
 
 @torch.no_grad()
@@ -87,8 +129,9 @@ def denoise(
     Args:
         base: Its UNet predicts, its scheduler configuration shapes the path.
         config: Steps, guidance, sampler, size.
-        embeddings: (2, tokens, dim), the unconditional one first; (1, tokens, dim) for guidance 1.
-        seeds: One per picture; all noise of a picture, also of ancestral steps, comes from its own seed.
+        embeddings: Of one prompt, (2, tokens, dim) with the unconditional one first, (1, tokens, dim) for guidance 1;
+            or of one prompt per seed, (2n, tokens, dim) with all unconditional ones first, (n, tokens, dim).
+        seeds: n, one per picture; all noise of a picture, also of ancestral steps, comes from its own seed.
         report: Called after each step.
 
     Returns:
@@ -97,8 +140,10 @@ def denoise(
     facts = base.facts
     scheduler = make_scheduler(base.scheduler_config, config.sampler)
     scheduler.set_timesteps(config.steps, device=base.device)
-    guided = len(embeddings) == 2
-    text = embeddings.repeat_interleave(len(seeds), dim=0).to(base.dtype)  # (2n or n, tokens, dim)
+    guided = config.guidance > 1
+    if len(embeddings) == (2 if guided else 1):
+        embeddings = embeddings.repeat_interleave(len(seeds), dim=0)
+    text = embeddings.to(base.dtype)  # (2n or n, tokens, dim)
 
     # Noise on the CPU: the same numbers on every device and in every batch.
     generators = [generator(seed, "picture") for seed in seeds]
@@ -141,14 +186,11 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in bytes_]
 
 
-def _part_report(report: Report, number: int, parts: int) -> Report:
-    """A report that counts the steps of micro-batch `number` (from 0) as a part of all `parts`."""
-
-    def counted(progress: Progress) -> None:
-        step = number * progress.total + progress.step
-        report(Progress(stage=progress.stage, step=step, total=parts * progress.total))
-
-    return counted
+def _check_alike(configs: Sequence[GenerateConfig]) -> None:
+    fields = ("width", "height", "steps", "guidance", "sampler", "clip_skip", "loras")
+    for name in fields:
+        if len({getattr(config, name) for config in configs}) > 1:
+            raise ConfigError(f"requests that are drawn together differ in {name}: draw them one by one")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

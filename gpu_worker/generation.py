@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.config import GenerateConfig
-from core.generate import generate
+from core.errors import Interrupted
+from core.generate import generate_together
 from core.image_files import infotext, save_png
-from core.progress import Report
+from core.memory_ladder import generation_memory
+from core.progress import Progress, Report
 from core.text_encoding import resolve_clip_skip
 from gpu_worker import runtime
 from gpu_worker.settings import BaseRef, Fetch
@@ -23,26 +25,63 @@ class Picture:
     height: int
 
 
-def run_generation(
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One request.
+
+    Attributes:
+        lora_names: Of `config.loras`, in their order, for people.
+        folder: Gets the pictures.
+        report: Its own; may raise `core.errors.Interrupted`, which stops this request alone.
+    """
+
+    config: GenerateConfig
+    lora_names: Sequence[str]
+    folder: Path
+    report: Report
+
+
+def run_generations(
     *,
-    config: GenerateConfig,
+    orders: Sequence[Order],
     base_fingerprint: str,
     base_files: dict[str, str],
     base_name: str,
-    lora_names: Sequence[str],
     fetch: Fetch,
-    folder: Path,
-    report: Report,
-) -> list[Picture]:
-    """All pictures of one request as PNG files in `folder`, in seed order."""
+    memory_rung: int,
+) -> list[list[Picture] | Interrupted]:
+    """Draw requests of one base and the same LoRAs together.
+
+    Args:
+        orders: >= 1.
+        memory_rung: Of `core.memory_ladder`.
+
+    Returns:
+        Per request its PNG files in seed order, or what its report raised.
+    """
+    first = orders[0].config
+    for order in orders:
+        order.report(Progress(stage="loading the model", step=0, total=1))
     ref = BaseRef(name=base_name, fingerprint=base_fingerprint, files=base_files)
     base = runtime.current().pool.get(ref)
-    loras = [(fetch(use.sha256), use.weight) for use in config.loras]
-    images = generate(base, config, loras, report)
-    pictures = []
-    clip_skip = resolve_clip_skip(base, config.clip_skip)
-    for number, (image, seed) in enumerate(zip(images, config.seeds(), strict=True)):
-        path = folder / f"{number:04d}.png"
-        save_png(image, path, infotext(config, seed, base_name, lora_names, clip_skip=clip_skip))
-        pictures.append(Picture(path=path, seed=seed, width=image.width, height=image.height))
-    return pictures
+    loras = [(fetch(use.sha256), use.weight) for use in first.loras]
+    results = generate_together(
+        base,
+        [order.config for order in orders],
+        loras,
+        [order.report for order in orders],
+        memory=generation_memory(memory_rung),
+    )
+    clip_skip = resolve_clip_skip(base, first.clip_skip)
+    saved: list[list[Picture] | Interrupted] = []
+    for order, images in zip(orders, results, strict=True):
+        if isinstance(images, Interrupted):
+            saved.append(images)
+            continue
+        pictures = []
+        for number, (image, seed) in enumerate(zip(images, order.config.seeds(), strict=True)):
+            path = order.folder / f"{number:04d}.png"
+            save_png(image, path, infotext(order.config, seed, base_name, order.lora_names, clip_skip=clip_skip))
+            pictures.append(Picture(path=path, seed=seed, width=image.width, height=image.height))
+        saved.append(pictures)
+    return saved

@@ -1,5 +1,6 @@
 """The state of one GPU process: its pool of pipelines. Started once per process, then used by every job in it."""
 
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -69,3 +70,10 @@ def current() -> Runtime:
     if _runtime is None:
         raise RuntimeNotReady("this process serves no gpu queue: start it with `celery -A lorasite worker -Q gpu`")
     return _runtime
+
+
+def free_memory() -> None:
+    """Give back what caches hold, after running out of memory. What failed must not be referred to any more."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

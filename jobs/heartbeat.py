@@ -1,4 +1,4 @@
-"""The heartbeat thread of a worker process: renews its leases, carries progress, brings back cancel wishes and fences.
+"""The heartbeat thread of a worker process: renews its leases, carries progress, brings back wishes and fences.
 
 Runs on its own database connection. The work itself only touches `Hold`, which never blocks on the database.
 """
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -19,13 +20,25 @@ from core.progress import Progress
 from jobs.leases import leases_renew
 from jobs.lifecycle import Claim
 from jobs.models import WorkerProcess
+from jobs.status import JobKind
 from jobs.workers import worker_beat
 
 logger = logging.getLogger(__name__)
 
+DOWNLOAD_SECONDS = 1800.0
+"""One file may take this long to arrive without the work counting as stuck."""
+
 
 class Fenced(Interrupted):
     """Another attempt may hold the job by now: stop at once, publish nothing."""
+
+
+class Preempted(Paused):
+    """Interactive work waits: save a checkpoint, then make room."""
+
+
+class DeadlinePassed(Interrupted):
+    """The job has computed for as long as it may, all tries together."""
 
 
 class Hold:
@@ -35,9 +48,15 @@ class Hold:
         self.job, self.token = claim.job, claim.token
         self.cancelled = False
         self.fenced = False
+        self.yielding = False
+        self._computes = False
         self._shutting_down = shutting_down
-        self._renewed_at = time.monotonic()
+        self._renewed_at = self._alive_at = time.monotonic()
+        self._patience_seconds = 0.0
         self._progress: dict[str, Any] = {}
+        limits = {JobKind.GENERATE: "GENERATE_TIME_LIMIT_SECONDS", JobKind.TRAIN: "TRAIN_TIME_LIMIT_SECONDS"}
+        self._limit_seconds = settings.LORASITE.get(limits.get(JobKind(self.job.kind), ""))
+        self._began_at = time.monotonic()
 
     def report(self, progress: Progress) -> None:
         """A `core.progress.Report`.
@@ -45,18 +64,25 @@ class Hold:
         Raises:
             Fenced: The lease is lost, or could not be renewed in time.
             Cancelled: The person asked to stop.
-            Paused: This worker is going down.
+            DeadlinePassed: All tries together took too long.
+            Paused: This worker is going down, or (Preempted) a training should make room.
         """
-        self._progress |= {
-            "stage": progress.stage[:60],
-            "progress_step": progress.step,
-            "progress_total": progress.total,
-        }
+        self.alive()
+        columns = {"stage": progress.stage[:60], "progress_step": progress.step, "progress_total": progress.total}
         if progress.figures:  # Otherwise the last loss would go with the first stage that has none.
-            self._progress["figures"] = progress.figures
+            columns["figures"] = progress.figures
+        self._progress |= columns
         self.check()
+        used = self.job.used_worker_seconds + time.monotonic() - self._began_at
+        if self._limit_seconds is not None and used > self._limit_seconds:
+            raise DeadlinePassed(
+                f"The job computed for {used:.0f} s in all, {self._limit_seconds:g} s are allowed. Ask for less, "
+                "or ask an operator for a longer limit."
+            )
         if self._shutting_down():
             raise Paused("this worker is shutting down")
+        if self.yielding and self.job.kind == JobKind.TRAIN:
+            raise Preempted("interactive work waits")
 
     def check(self) -> None:
         """Raise Fenced or Cancelled where due. For stretches without steps, such as uploads."""
@@ -65,6 +91,43 @@ class Hold:
             raise Fenced(f"the lease of job {self.job.pk} is lost (token {self.token})")
         if self.cancelled:
             raise Cancelled("stopped on request")
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside the block steps are expected; before and after it, waiting is no sign of trouble."""
+        self.alive()
+        self._computes = True
+        try:
+            yield
+        finally:
+            self._computes = False
+
+    def alive(self, *, patience_seconds: float = 0.0) -> None:
+        """The work does something; the next sign of life may take `patience_seconds`, or a step's time if longer."""
+        self._alive_at, self._patience_seconds = time.monotonic(), patience_seconds
+
+    def watched(self, fetch: Callable[[str], Path]) -> Callable[[str], Path]:
+        """The same `fetch`, with patience for the download of one file and an ear for wishes between files."""
+
+        def fetching(sha256: str) -> Path:
+            self.check()
+            self.alive(patience_seconds=DOWNLOAD_SECONDS)
+            path = fetch(sha256)
+            self.alive()
+            return path
+
+        return fetching
+
+    def overdue_seconds(self) -> float:
+        """How much longer than allowed the work has been silent; 0 or less is fine."""
+        if not self._computes:
+            return 0.0
+        allowed = max(settings.LORASITE["STEP_SECONDS"], self._patience_seconds)
+        return time.monotonic() - self._alive_at - allowed
+
+    def say(self, stage: str) -> None:
+        """Show a stage with the next beat, without any step."""
+        self._progress |= {"stage": stage[:60]}
 
     def take_progress(self) -> dict[str, Any]:
         """Progress columns that are not written yet; empty when there is nothing new."""
@@ -109,31 +172,40 @@ class Heartbeat:
         if self._thread.is_alive():
             self._thread.join(timeout=5)
 
-    @contextmanager
-    def holding(self, claim: Claim) -> Iterator[Hold]:
-        """Keep the claim's lease alive inside the block."""
+    def take(self, claim: Claim) -> Hold:
+        """Keep the claim's lease alive until `let_go`."""
         hold = Hold(claim, self._shutting_down)
         with self._lock:
+            older = self._holds.get(claim.job.pk)
+            if older is not None:  # Lost and claimed anew by this very process.
+                older.fenced = True
             self._holds[claim.job.pk] = hold
-        try:
-            yield hold
-        finally:
-            with self._lock:
-                self._holds.pop(claim.job.pk, None)
+        return hold
+
+    def let_go(self, hold: Hold) -> None:
+        """Renew it no longer; harmless when that was said before."""
+        with self._lock:
+            if self._holds.get(hold.job.pk) is hold:
+                del self._holds[hold.job.pk]
+
+    def holds(self) -> list[Hold]:
+        """Everything that this process holds now."""
+        with self._lock:
+            return list(self._holds.values())
 
     def beat(self) -> None:
-        """One round: renew, write progress, learn of fences and cancel wishes."""
-        with self._lock:
-            holds = dict(self._holds)
+        """One round: renew, write progress, learn of fences and wishes."""
+        holds = {hold.job.pk: hold for hold in self.holds()}
         progress = {job_id: columns for job_id, hold in holds.items() if (columns := hold.take_progress())}
         asked_at = time.monotonic()
-        fenced, cancelled = leases_renew({job_id: hold.token for job_id, hold in holds.items()}, progress)
+        answer = leases_renew({job_id: hold.token for job_id, hold in holds.items()}, progress)
         for job_id, hold in holds.items():
-            if job_id in fenced:
+            if job_id in answer.fenced:
                 hold.fenced = True
             else:
                 hold.renewed(asked_at)
-                hold.cancelled = hold.cancelled or job_id in cancelled
+                hold.cancelled = hold.cancelled or job_id in answer.cancelled
+                hold.yielding = hold.yielding or job_id in answer.yielding
         worker_beat(worker=self._worker, warm_bases=self._warm_bases())
 
     def _run(self) -> None:

@@ -10,7 +10,7 @@ from celery import shared_task
 from jobs.doorbells import task_name
 from jobs.drain import drain
 from jobs.status import JobKind
-from jobs.work.generate import GenerateWork
+from jobs.work.generate import GenerateWork, compute_together
 from jobs.work.prepare_base import PrepareBaseWork
 from jobs.work.preprocess import PreprocessWork
 from jobs.work.train import TrainWork
@@ -43,6 +43,6 @@ def train() -> None:
 @shared_task(name=task_name(JobKind.GENERATE))
 def generate() -> None:
     """Queue gpu: a prompt becomes pictures."""
-    from gpu_worker.generation import run_generation
+    from gpu_worker.generation import Order, run_generations
 
-    drain(JobKind.GENERATE, partial(GenerateWork, run=run_generation))
+    drain(JobKind.GENERATE, partial(GenerateWork, run=run_generations, order=Order), compute_together)

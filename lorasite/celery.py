@@ -4,6 +4,7 @@ Celery carries doorbells only; jobs, retries, results and priorities live in the
 are off.
 """
 
+import gc
 import importlib
 import os
 from pathlib import Path
@@ -61,6 +62,7 @@ app.conf.update(
 
 _selected_queues: list[str] = ["cpu", "gpu"]
 _shutdown: Any = None
+_children_count = 1
 
 
 @signals.setup_logging.connect
@@ -71,7 +73,7 @@ def _keep_our_logging(**_: Any) -> None:
 @signals.celeryd_init.connect
 def _before_the_pool(conf: Any, options: dict[str, Any], **_: Any) -> None:
     """Parent: choose the number of children, import the heavy libraries once. No CUDA, no threads, no connection."""
-    global _selected_queues, _shutdown
+    global _children_count, _selected_queues, _shutdown
     from jobs.worker_context import ShutdownFlag
 
     _shutdown = ShutdownFlag()
@@ -86,6 +88,7 @@ def _before_the_pool(conf: Any, options: dict[str, Any], **_: Any) -> None:
         # For the fork: a child, or its successor, starts in milliseconds instead of the seconds that the imports take.
         for module in ("gpu_worker.runtime", "gpu_worker.training", "gpu_worker.generation"):
             importlib.import_module(module)
+    _children_count = max(1, int(options.get("concurrency") or conf.worker_concurrency or os.cpu_count() or 1))
 
 
 @signals.worker_shutting_down.connect
@@ -106,6 +109,8 @@ def _child_starts(**_: Any) -> None:
     from jobs.models import BaseModel
     from jobs.node_cache import node_cache
     from jobs.scratch import scratch_sweep
+    from jobs.uploader import Uploader
+    from jobs.watchdog import Watchdog
     from jobs.workers import worker_ready, worker_register
 
     die_with_parent()
@@ -114,6 +119,7 @@ def _child_starts(**_: Any) -> None:
     scratch_sweep()
     worker = worker_register(queues=_selected_queues, device=device)
     warm_bases: Any = list
+    free_memory: Any = gc.collect
     if serves_gpu:
         from gpu_worker import runtime
         from gpu_worker.settings import BaseRef, WorkerSettings
@@ -131,22 +137,27 @@ def _child_starts(**_: Any) -> None:
             ),
             refs,
         )
-        warm_bases = started.pool.fingerprints
+        warm_bases, free_memory = started.pool.fingerprints, runtime.free_memory
     heartbeat = Heartbeat(worker, warm_bases=warm_bases, shutting_down=lambda: _shutdown.is_raised)
-    worker_context.enter(worker_context.WorkerContext(worker, heartbeat, _shutdown))
+    uploader = Uploader(heartbeat)
+    limit = settings.LORASITE["WORKER_MEMORY_BYTES"] or worker_context.machine_bytes() // 2 // _children_count
+    worker_context.enter(
+        worker_context.WorkerContext(
+            worker, heartbeat, _shutdown, uploader, free_memory=free_memory, memory_limit_bytes=limit
+        )
+    )
     heartbeat.start()
+    uploader.start()
+    Watchdog(heartbeat).start()
     worker_ready(worker=worker, warm_bases=warm_bases())
 
 
 @signals.worker_process_shutdown.connect
 def _child_ends(**_: Any) -> None:
-    """Child: say so, if there is still time."""
+    """Child: store or give back what it holds, and say that it goes, if there is still time."""
     from jobs import worker_context
-    from jobs.workers import worker_gone
 
-    context = worker_context.current()
-    context.heartbeat.stop()
-    worker_gone(worker=context.worker)
+    worker_context.current().go()
 
 
 def _gpu_devices() -> list[str]:

@@ -1,9 +1,11 @@
-"""A generate job: a request in, pictures out."""
+"""A generate job: a request in, pictures out; several that fit each other in one forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from core.config import GenerateConfig
+from core.errors import Interrupted
 from jobs.artifacts import artifact_put
 from jobs.heartbeat import Hold
 from jobs.models import GeneratedImage, GenerationRequest
@@ -14,21 +16,27 @@ from jobs.scratch import scratch_open
 class GenerateWork:
     """One claimed generate job."""
 
-    def __init__(self, hold: Hold, *, run: Callable[..., Any]) -> None:
-        self.hold, self._run = hold, run
+    def __init__(self, hold: Hold, *, run: Callable[..., Any], order: Callable[..., Any]) -> None:
+        self.hold, self._run, self._order = hold, run, order
+        self.pictures: Sequence[Any] = ()
         self.request = GenerationRequest.objects.select_related("base_model").get(job=hold.job)
 
     def compute(self) -> None:
         """Generate into the scratch folder."""
-        base_model = self.request.base_model
+        (error,) = compute_together([self])
+        if error is not None:
+            raise error
+
+    def files(self) -> list[Path]:
+        """The pictures."""
+        return [picture.path for picture in self.pictures]
+
+    def order(self) -> Any:
+        """The request by value."""
         uses = self.request.lora_uses.select_related("lora_version__lora").order_by("id")
-        self.pictures = self._run(
+        return self._order(
             config=GenerateConfig.parse(self.hold.job.spec),
-            base_fingerprint=base_model.fingerprint,
-            base_files=base_model.files,
-            base_name=base_model.name,
             lora_names=[use.lora_version.lora.name for use in uses],
-            fetch=node_cache().get,
             folder=scratch_open(self.hold),
             report=self.hold.report,
         )
@@ -55,3 +63,22 @@ class GenerateWork:
             )
             for number, (picture, sha256, size_bytes) in enumerate(self.stored)
         )
+
+
+def compute_together(works: Sequence[GenerateWork]) -> list[Exception | None]:
+    """Generate requests of the same batch key at once. Returns for each what stopped it alone."""
+    base_model = works[0].request.base_model
+    results = works[0]._run(
+        orders=[work.order() for work in works],
+        base_fingerprint=base_model.fingerprint,
+        base_files=base_model.files,
+        base_name=base_model.name,
+        fetch=works[0].hold.watched(node_cache().get),
+        memory_rung=max(work.hold.job.memory_rung for work in works),
+    )
+    errors: list[Exception | None] = []
+    for work, result in zip(works, results, strict=True):
+        errors.append(result if isinstance(result, Interrupted) else None)
+        if not isinstance(result, Interrupted):
+            work.pictures = result
+    return errors

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.artifacts import artifact_put
-from jobs.heartbeat import Hold
+from jobs.heartbeat import DOWNLOAD_SECONDS, Hold
 from jobs.models import BaseModel
 from jobs.scratch import scratch_open
 
@@ -20,18 +20,24 @@ class PrepareBaseWork:
     def compute(self) -> None:
         """Prepare the source into the scratch folder."""
         self.folder = scratch_open(self.hold) / "base"
+        self.hold.alive(
+            patience_seconds=DOWNLOAD_SECONDS
+        )  # the source may be a hub's: nothing is heard until it is here
         self.prepared = self._run(Path(self.base_model.source), self.folder, self.hold.report)
+
+    def files(self) -> list[Path]:
+        """The prepared folder's."""
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
 
     def store(self) -> None:
         """All files go to the store under their hashes."""
-        self.files: dict[str, str] = {}
-        for path in sorted(self.folder.rglob("*")):
-            if path.is_file():
-                self.hold.check()
-                self.files[path.relative_to(self.folder).as_posix()] = artifact_put(path)[0]
+        self.stored: dict[str, str] = {}
+        for path in self.files():
+            self.hold.check()
+            self.stored[path.relative_to(self.folder).as_posix()] = artifact_put(path)[0]
 
     def record(self) -> None:
         """From now on jobs may use this base."""
         BaseModel.objects.filter(pk=self.base_model.pk).update(
-            fingerprint=self.prepared.fingerprint, facts=self.prepared.facts.dump(), files=self.files
+            fingerprint=self.prepared.fingerprint, facts=self.prepared.facts.dump(), files=self.stored
         )

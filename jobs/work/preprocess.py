@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 from core.config import PreprocessConfig
 from core.preprocess import PreprocessResult, SourceImage
@@ -24,10 +25,11 @@ class PreprocessWork:
         """Fetch the originals, prepare them into the scratch folder."""
         self.images_folder = scratch_open(self.hold) / "images"
         images = self.version.dataset.images.order_by("created_at", "id")
+        fetch = self.hold.watched(node_cache().get)
         sources = [
             SourceImage(
                 name=image.name,
-                path=node_cache().get(image.sha256),
+                path=fetch(image.sha256),
                 sha256=image.sha256,
                 caption=image.caption or None,
             )
@@ -37,11 +39,15 @@ class PreprocessWork:
             sources, PreprocessConfig.parse(self.hold.job.spec), self.images_folder, self.hold.report
         )
 
+    def files(self) -> list[Path]:
+        """The prepared pictures."""
+        return [self.images_folder / f"{image.sha256}.png" for image in self.result.manifest.images]
+
     def store(self) -> None:
         """Prepared pictures go to the store under their hashes."""
-        for image in self.result.manifest.images:
+        for path in self.files():
             self.hold.check()
-            artifact_put(self.images_folder / f"{image.sha256}.png")
+            artifact_put(path)
 
     def record(self) -> None:
         """Freeze the version."""

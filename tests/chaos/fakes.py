@@ -29,8 +29,9 @@ def install() -> None:
         "gpu_worker.runtime",
         start=lambda settings, warm: SimpleNamespace(pool=SimpleNamespace(fingerprints=lambda: [])),
         current=lambda: SimpleNamespace(pool=SimpleNamespace(fingerprints=lambda: [])),
+        free_memory=lambda: None,
     )
-    _module("gpu_worker.generation", run_generation=run_generation, Picture=Picture)
+    _module("gpu_worker.generation", run_generations=run_generations, Picture=Picture, Order=Order)
     _module("gpu_worker.training", run_training=run_training)
     _module("gpu_worker.base_preparation", run_base_preparation=_no_base_preparation)
 
@@ -46,6 +47,16 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Order:
+    """As `gpu_worker.generation.Order`."""
+
+    config: Any
+    lora_names: Sequence[str]
+    folder: Path
+    report: Any
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """As `core.training_samples.Sample`."""
 
@@ -57,6 +68,27 @@ class Sample:
 
 class WrongCheckpoint(Exception):
     """What lies in the work folder is not the state of this job after that many steps."""
+
+
+def run_generations(*, orders: Sequence[Order], fetch: Any, **_: Any) -> list[Any]:
+    """One request after the other; one that is interrupted leaves the others alone."""
+    from core.errors import Interrupted
+
+    results: list[Any] = []
+    for order in orders:
+        try:
+            results.append(
+                run_generation(
+                    config=order.config,
+                    lora_names=order.lora_names,
+                    fetch=fetch,
+                    folder=order.folder,
+                    report=order.report,
+                )
+            )
+        except Interrupted as interruption:
+            results.append(interruption)
+    return results
 
 
 def run_generation(*, config: Any, lora_names: Sequence[str], fetch: Any, folder: Path, report: Any, **_: Any) -> Any:

@@ -113,8 +113,10 @@ class Everybody:
         self.worker = worker_register(queues=["gpu", "cpu"], device="cpu")
         shutdown = ShutdownFlag()
         heartbeat = Heartbeat(self.worker, shutting_down=lambda: shutdown.is_raised)
-        worker_context.enter(worker_context.WorkerContext(self.worker, heartbeat, shutdown))
+        context = worker_context.WorkerContext(self.worker, heartbeat, shutdown)
+        worker_context.enter(context)
         heartbeat.start()
+        context.uploader.start()
         worker_ready(worker=self.worker, warm_bases=[])
 
     def work(self, *, seconds: float = WAIT_SECONDS) -> None:
@@ -134,10 +136,8 @@ class Everybody:
     def stop(self) -> None:
         """As a worker child ends in good order."""
         from jobs import worker_context
-        from jobs.workers import worker_gone
 
-        worker_context.current().heartbeat.stop()
-        worker_gone(worker=self.worker)
+        worker_context.current().go()
         self.dispatcher.step_down()
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:

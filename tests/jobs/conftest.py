@@ -1,6 +1,6 @@
 """Fixtures of the lifecycle tests: one person, one worker, jobs without request rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -8,9 +8,12 @@ import pytest
 from django.utils import timezone
 from pytest_django.fixtures import Settings
 
+from jobs import worker_context
+from jobs.heartbeat import Heartbeat
 from jobs.models import Job, User, WorkerProcess
 from jobs.status import JobKind
 from jobs.submission import job_submit
+from jobs.worker_context import ShutdownFlag, WorkerContext
 from jobs.workers import worker_register
 
 MakeJob = Callable[..., Job]
@@ -24,6 +27,23 @@ def person(db: None) -> User:
 @pytest.fixture
 def worker(db: None) -> WorkerProcess:
     return worker_register(queues=["gpu"], device="cpu")
+
+
+@pytest.fixture
+def exits() -> list[int]:
+    """Codes with which the worker process of a test ended."""
+    return []
+
+
+@pytest.fixture
+def context(worker: WorkerProcess, exits: list[int]) -> Iterator[WorkerContext]:
+    """This process as a worker child whose threads do not run: a test takes their turns."""
+    shutdown = ShutdownFlag()
+    heartbeat = Heartbeat(worker, shutting_down=lambda: shutdown.is_raised)
+    context = WorkerContext(worker, heartbeat, shutdown, end_process=exits.append)
+    worker_context.enter(context)
+    yield context
+    context.uploader.close(0)
 
 
 @pytest.fixture

@@ -20,8 +20,7 @@ def held(make_job: MakeJob, worker: WorkerProcess) -> Iterator[tuple[Heartbeat, 
     claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=worker)
     assert claim is not None
     heartbeat = Heartbeat(worker, warm_bases=lambda: ["abc"])
-    with heartbeat.holding(claim) as hold:
-        yield heartbeat, hold
+    yield heartbeat, heartbeat.take(claim)
 
 
 def test_a_beat_renews_the_lease_and_writes_the_newest_progress(held: tuple[Heartbeat, Hold]) -> None:

@@ -121,7 +121,7 @@ def test_a_running_job_learns_of_the_cancel_by_its_heartbeat(make_job: MakeJob, 
     job = make_job()
     taken = claim(worker)
     assert lifecycle.job_cancel(job=job) == JobState.RUNNING
-    fenced, cancelled = leases.leases_renew({job.pk: taken.token})
+    fenced, cancelled, _ = leases.leases_renew({job.pk: taken.token})
     assert (fenced, cancelled) == (set(), {job.pk})
     lifecycle.job_cancelled(job_id=job.pk, token=taken.token)
     job.refresh_from_db()
@@ -150,7 +150,7 @@ def test_an_expired_lease_goes_to_the_next_claim_and_the_old_worker_is_fenced(
     other = worker_register(queues=["gpu"], device="cpu")
     successor = claim(other)
     assert successor.token == zombie.token + 1
-    fenced, _ = leases.leases_renew({job.pk: zombie.token})
+    fenced, *_ = leases.leases_renew({job.pk: zombie.token})
     assert fenced == {job.pk}
     for write in (
         lambda: lifecycle.job_uploading(job_id=job.pk, token=zombie.token),
@@ -240,7 +240,7 @@ def test_the_person_who_was_served_least_goes_first(make_job: MakeJob, worker: W
     busy_person_job = make_job()
     taken = claim(worker)
     succeed(taken)
-    Job.objects.filter(pk=busy_person_job.pk).update(used_worker_seconds=500)
+    OwnerUsage.objects.filter(owner=busy_person_job.owner).update(worker_seconds=500)
     make_job()
     quiet = User.objects.create_user("quiet")
     quiet_job = make_job(owner=quiet)
@@ -270,11 +270,11 @@ def test_the_database_refuses_two_open_attempts(make_job: MakeJob, worker: Worke
 
 @pytest.mark.django_db(transaction=True)
 def test_many_workers_at_once_claim_each_job_exactly_once() -> None:
-    person = User.objects.create_user("crowd")
+    people = [User.objects.create_user(f"crowd-{number}") for number in range(3)]
     from jobs.submission import job_submit
 
-    for _ in range(12):
-        job_submit(owner=person, kind=JobKind.GENERATE, spec={}, attach=lambda job: None)
+    for number in range(12):
+        job_submit(owner=people[number % 3], kind=JobKind.GENERATE, spec={}, attach=lambda job: None)
     workers = [worker_register(queues=["gpu"], device="cpu") for _ in range(4)]
     taken: list[lifecycle.Claim] = []
     errors: list[BaseException] = []

@@ -11,6 +11,7 @@ from jobs.heartbeat import Hold
 from jobs.models import WorkerProcess
 from jobs.scratch import scratch_open, scratch_remove, scratch_sweep
 from jobs.status import JobKind
+from jobs.worker_context import WorkerContext
 from tests.jobs.conftest import MakeJob, expire_lease
 
 
@@ -24,21 +25,25 @@ def folders() -> list[Path]:
     return list((Path(settings.LORASITE["DATA"]) / "scratch").glob("*/*"))
 
 
-def test_a_failed_job_leaves_no_folder(make_job: MakeJob, worker: WorkerProcess) -> None:
+def test_a_failed_job_leaves_no_folder(make_job: MakeJob, context: WorkerContext) -> None:
     class Failing:
         def __init__(self, hold: Hold) -> None:
+            self.hold = hold
             self.folder = scratch_open(hold)
 
         def compute(self) -> None:
             (self.folder / "half.safetensors").write_bytes(b"x")
             raise TrainingDiverged("nan")
 
+        def files(self) -> list[Path]:
+            return []
+
         def store(self) -> None: ...
 
         def record(self) -> None: ...
 
     make_job()
-    run(take(worker), Failing)
+    run([take(context.worker)], Failing)
     assert folders() == []
 
 
