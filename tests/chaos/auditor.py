@@ -240,7 +240,7 @@ class _Audit:
         """Two tries at work at once, and tries that went on from the wrong place, by the workers' own journals."""
         lines = self.evidence.work.get(job_id, [])
         begins = [line for line in lines if line["event"] == "begin"]
-        for token, count in Counter(line["token"] for line in begins).items():
+        for token, count in Counter(token for token, _ in {(line["token"], line["pid"]) for line in begins}).items():
             if count > 1:
                 self._found("overlaps", job_id, f"{count} workers worked under token {token}")
         for begin in begins:

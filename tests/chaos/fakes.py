@@ -71,41 +71,37 @@ class WrongCheckpoint(Exception):
 
 
 def run_generations(*, orders: Sequence[Order], fetch: Any, **_: Any) -> list[Any]:
-    """One request after the other; one that is interrupted leaves the others alone."""
+    """All requests of one forward, step by step side by side; one that is interrupted stops alone."""
     from core.errors import Interrupted
 
-    results: list[Any] = []
-    for order in orders:
-        try:
-            results.append(
-                run_generation(
-                    config=order.config,
-                    lora_names=order.lora_names,
-                    fetch=fetch,
-                    folder=order.folder,
-                    report=order.report,
-                )
-            )
-        except Interrupted as interruption:
-            results.append(interruption)
-    return results
-
-
-def run_generation(*, config: Any, lora_names: Sequence[str], fetch: Any, folder: Path, report: Any, **_: Any) -> Any:
-    """All pictures of one request, some steps of sleep before them."""
-    attempt = _attempt_of(folder)
-    with _journaled("generate", attempt):
-        for use in config.loras:
+    attempts = [_attempt_of(order.folder) for order in orders]
+    stopped: dict[int, Interrupted] = {}
+    with contextlib.ExitStack() as stack:
+        for attempt in attempts:
+            stack.enter_context(_journaled("generate", attempt))
+        for use in orders[0].config.loras:
             fetch(use.sha256).read_bytes()
-        for step in range(config.steps):
-            journal.mine().write("step", step=step, **attempt)
+        for step in range(max(order.config.steps for order in orders)):
+            for attempt in attempts:
+                journal.mine().write("step", step=step, **attempt)
             time.sleep(GENERATE_STEP_SECONDS)
-            report(_progress("denoising", step + 1, config.steps, attempt))
-        pictures = []
-        for number, seed in enumerate(config.seeds()):
-            path = folder / f"{number:04d}.png"
-            path.write_bytes(expected.picture_bytes(config.prompt, seed))
-            pictures.append(Picture(path=path, seed=seed, width=expected.SIDE_PX, height=expected.SIDE_PX))
+            for number, (order, attempt) in enumerate(zip(orders, attempts, strict=True)):
+                if number not in stopped and step < order.config.steps:
+                    try:
+                        order.report(_progress("denoising", step + 1, order.config.steps, attempt))
+                    except Interrupted as error:
+                        stopped[number] = error
+            if len(stopped) == len(orders):
+                break
+    return [stopped.get(number) or _pictures(order) for number, order in enumerate(orders)]
+
+
+def _pictures(order: Order) -> list[Picture]:
+    pictures = []
+    for number, seed in enumerate(order.config.seeds()):
+        path = order.folder / f"{number:04d}.png"
+        path.write_bytes(expected.picture_bytes(order.config.prompt, seed))
+        pictures.append(Picture(path=path, seed=seed, width=expected.SIDE_PX, height=expected.SIDE_PX))
     return pictures
 
 

@@ -53,7 +53,7 @@ class Workload:
                 "prompt": f"picture {number} {self._random.getrandbits(32):08x}",
                 "seed": self._random.randrange(1_000_000),
                 "count": self._random.randint(1, 3),
-                "steps": self._random.randint(4, 25),
+                "steps": self._random.choice((4, 8, 12)),
             }
             request |= {"kind": "generate", **values}
             call = lambda: self._generate(index, values, request["key"])  # noqa: E731
@@ -160,7 +160,7 @@ def main() -> None:
         if workload.waiting() < backlog:
             for _ in range(5):
                 workload.submit()
-        if dice.random() < 0.12:
+        if dice.random() < 0.04:
             workload.cancel_one()
         time.sleep(0.15)
     workload.journal.write("done", submitted=workload.submitted)
