@@ -1,39 +1,167 @@
-"""Claiming: which waiting jobs this worker takes now, and taking them. The order itself is `jobs/scheduling.py`."""
+"""Claiming: which waiting jobs this worker takes now, and taking them. Whose turn it is says `jobs/scheduling.py`."""
 
+from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from uuid import UUID
 
+from django.conf import settings
 from django.db import connection, transaction
+from django.db.models import Count, IntegerField, OuterRef, QuerySet, Subquery
+from django.db.models.functions import Coalesce
 
 from core.failpoints import side_effect
 from jobs.lifecycle import Claim, job_take
 from jobs.models import Job, WorkerProcess
-from jobs.queue import claimable_candidates, recent_owner_seconds
+from jobs.queue import CANDIDATES_PER_OWNER, free_workers, owners_of, running_now, waiting_candidates
 from jobs.recovery import expired_leases_requeue
-from jobs.scheduling import claim_order
+from jobs.scheduling import Candidate, Scheduler
+from jobs.status import INTERACTIVE, QUEUES, JobKind, JobState
+from jobs.usage import usage_lock
+
+LOOKS = 4
+"""Times that a claim reads the line again because others took all that it saw."""
+
+
+def jobs_claim(*, kind: str, worker: WorkerProcess, at_most: int = 1) -> list[Claim]:
+    """Take the best claimable job of this kind and, of pictures, others that may share its forward, in order.
+
+    Args:
+        at_most: Jobs, >= 1.
+
+    Returns:
+        Nothing when nothing waits that may run here now.
+    """
+    return _claim([kind], worker, at_most)
 
 
 def job_claim(*, kinds: Sequence[str], worker: WorkerProcess) -> Claim | None:
-    """Take the best claimable job of these kinds, or None.
-
-    Expired leases go back to the queue first, so that lost work is found by the next claim and not only by the sweep.
-    """
-    expired_leases_requeue(kinds=kinds)
-    for candidate in claim_order(
-        claimable_candidates(kinds), owner_seconds=recent_owner_seconds(), warm_bases=frozenset(worker.warm_bases)
-    ):
-        claim = take(candidate.job_id, worker)
-        if claim is not None:
-            return claim
-    return None
+    """Take the best claimable job of these kinds, or None."""
+    return next(iter(_claim(kinds, worker, 1)), None)
 
 
 def take(job_id: UUID, worker: WorkerProcess) -> Claim | None:
-    """Take this very job if it still waits."""
-    with side_effect("claim.commit"), transaction.atomic():
-        rows = Job.objects.claimable().filter(pk=job_id)
-        if connection.features.has_select_for_update_skip_locked:
-            # Another worker is claiming this very row: take the next one instead of waiting for it.
-            rows = rows.select_for_update(skip_locked=True, of=("self",))
-        job = rows.first()
+    """Take this very job if it still waits, whosever turn it is."""
+    with side_effect("claim.commit_one"), transaction.atomic():
+        job = _unlocked(Job.objects.claimable().filter(pk=job_id)).first()
         return None if job is None else job_take(job=job, worker=worker)
+
+
+def _claim(kinds: Sequence[str], worker: WorkerProcess, at_most: int) -> list[Claim]:
+    """Lost leases go back to the queue first: the next claim finds them, and not only the dispatcher's sweep."""
+    swept = False
+    for _ in range(LOOKS):
+        now, candidates, expired = waiting_candidates(kinds)
+        if not swept and (expired or now is None):
+            swept = True
+            if expired_leases_requeue(kinds=kinds):
+                now, candidates, _ = waiting_candidates(kinds)
+        if now is None:
+            return []
+        candidates = _startable(candidates, now, worker)
+        scheduler = _scheduler(candidates, now, worker)
+        full: set[tuple[UUID, str]] = set()
+        missed = False
+        for first in scheduler.order(candidates):
+            if (first.owner_id, first.kind) in full:
+                continue
+            claims, reached = _take_all(_with_companions(scheduler, first, at_most), worker)
+            if claims:
+                return claims
+            full |= reached
+            missed = missed or not reached
+        if not missed:
+            return []
+    return []
+
+
+def _scheduler(candidates: Sequence[Candidate], now: datetime, worker: WorkerProcess) -> Scheduler:
+    owner_ids = {candidate.owner_id for candidate in candidates}
+    # Where one person waits there is nobody to compare with, and limits are looked at again when a job is taken.
+    several = len(owner_ids) > 1
+    return Scheduler(
+        now=now,
+        owners=owners_of(owner_ids, now) if several else {},
+        running=running_now() if several else (),
+        limits=_limits(),
+        warm_bases=frozenset(worker.warm_bases),
+    )
+
+
+def _limits() -> dict[str, int]:
+    return {
+        JobKind.GENERATE: settings.LORASITE["MAX_RUNNING_GENERATIONS_PER_PERSON"],
+        JobKind.TRAIN: settings.LORASITE["MAX_RUNNING_TRAININGS_PER_PERSON"],
+    }
+
+
+def _startable(candidates: list[Candidate], now: datetime, worker: WorkerProcess) -> list[Candidate]:
+    """Without trainings that leave this worker to people who sit and wait."""
+    if all(job.kind != JobKind.TRAIN for job in candidates):
+        return candidates
+    interactive = waiting_candidates(sorted(INTERACTIVE), per_owner=1).candidates
+    if not interactive:
+        return candidates
+    scheduler = Scheduler(now=now, running=running_now(), limits=_limits())
+    free = free_workers(QUEUES[JobKind.TRAIN], besides=worker)
+    return [
+        job
+        for job in candidates
+        if job.kind != JobKind.TRAIN or scheduler.may_start(job, interactive=interactive, free_workers=free)
+    ]
+
+
+def _with_companions(scheduler: Scheduler, first: Candidate, at_most: int) -> list[Candidate]:
+    if at_most == 1 or not first.batch_key or first.kind != JobKind.GENERATE:
+        return [first]
+    per_owner = max(at_most, CANDIDATES_PER_OWNER)
+    same = waiting_candidates([first.kind], batch_key=first.batch_key, per_owner=per_owner).candidates
+    # With its number of pictures. When it is not there any more, taking it fails as well.
+    first = next((job for job in same if job.job_id == first.job_id), first)
+    return scheduler.batch(first, same, at_most=at_most)
+
+
+def _take_all(batch: Sequence[Candidate], worker: WorkerProcess) -> tuple[list[Claim], set[tuple[UUID, str]]]:
+    """Take those that still wait and whose owners are below their limits, in one transaction.
+
+    Whoever takes a job with a limit locks its owner's usage row first, so that the count cannot grow meanwhile.
+
+    Returns:
+        The claims in the order of `batch`, and the (owner, kind) at their limits.
+    """
+    limits, claims, full = _limits(), [], set()
+    taken: Counter[tuple[UUID, str]] = Counter()
+    with side_effect("claim.commit"), transaction.atomic():
+        # In one order everywhere: two claims never wait for each other.
+        for owner_id in sorted({job.owner_id for job in batch if job.kind in limits}):
+            usage_lock(owner_id)
+        # A statement of its own after the locks: it sees what their earlier holders committed.
+        rows = _unlocked(Job.objects.claimable().filter(pk__in=[job.job_id for job in batch]))
+        found = {job.pk: job for job in rows.annotate(running=_running_beside())}
+        for candidate in batch:
+            job = found.get(candidate.job_id)
+            if job is None:
+                continue
+            key = (job.owner_id, job.kind)
+            if job.kind in limits and job.running + taken[key] >= limits[job.kind]:
+                full.add(key)
+                continue
+            claim = job_take(job=job, worker=worker)
+            if claim is not None:
+                taken[key] += 1
+                claims.append(claim)
+    return claims, full
+
+
+def _running_beside() -> Coalesce:
+    """SQL: jobs of the same person and kind that occupy a worker; one that only stores its results does not."""
+    same = Job.objects.filter(owner=OuterRef("owner"), kind=OuterRef("kind"), state=JobState.RUNNING)
+    count = same.order_by().values("owner").annotate(count=Count("pk")).values("count")
+    return Coalesce(Subquery(count, output_field=IntegerField()), 0)
+
+
+def _unlocked(rows: "QuerySet[Job]") -> "QuerySet[Job]":
+    """Locks them where the database can; rows that another worker is claiming right now are passed over."""
+    if connection.features.has_select_for_update_skip_locked:
+        return rows.select_for_update(skip_locked=True, of=("self",))
+    return rows

@@ -19,8 +19,14 @@ def decayed(worker_seconds: float, as_of: datetime, now: datetime) -> float:
 
 def usage_lock(owner_id: UUID) -> OwnerUsage:
     """This person's row, locked until the transaction ends; made when missing. Must run inside a transaction."""
-    OwnerUsage.objects.get_or_create(owner_id=owner_id, defaults={"as_of": Now()})
-    return OwnerUsage.objects.select_for_update().annotate(now=Now()).get(pk=owner_id)
+    rows = OwnerUsage.objects.select_for_update().annotate(now=Now()).filter(pk=owner_id)
+    # One query for all but the first time: every claim and every submission passes here.
+    row = rows.first()
+    if row is None:
+        with side_effect("usage.create"):
+            OwnerUsage.objects.get_or_create(owner_id=owner_id, defaults={"as_of": Now()})
+        row = rows.get()
+    return row
 
 
 def usage_add(*, owner_id: UUID, worker_seconds: float) -> None:

@@ -9,7 +9,7 @@ from django.utils import timezone
 
 from jobs import claims, leases, lifecycle, recovery
 from jobs.errors import Conflict, LeaseLost
-from jobs.models import Job, JobAttempt, User, WorkerProcess
+from jobs.models import Job, JobAttempt, OwnerUsage, User, WorkerProcess
 from jobs.status import TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState
 from jobs.workers import worker_register
 from tests.jobs.conftest import MakeJob, expire_lease
