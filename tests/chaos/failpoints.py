@@ -60,7 +60,7 @@ def fork(work: Callable[[], None], log: Path) -> int:
         os.dup2(descriptor, 2)
         work()
         code = 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, it is shown and ends this process
         traceback.print_exc()
     finally:
         sys.stderr.flush()
@@ -221,7 +221,9 @@ def run_all(
     trials: Sequence[Trial], template: Path, work: Path, broker_url: str, at_once: int
 ) -> dict[Trial, list[str]]:
     """Every trial, several at a time. Returns the failures."""
-    waiting, running, failures = list(enumerate(trials)), {}, {}
+    waiting = list(enumerate(trials))
+    running: dict[int, tuple[Trial, Path]] = {}
+    failures: dict[Trial, list[str]] = {}
     done = 0
     while waiting or running:
         while waiting and len(running) < at_once:

@@ -3,6 +3,7 @@
 A story is told by one process (`tests/chaos/small_site.py`) and, where that died, once more by another.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -85,7 +86,7 @@ def preprocess(key: str) -> Any:
 
 
 def during(job: Any, step: int, act: Callable[[Any], None]) -> None:
-    """Do something to the job once a worker has told that it reached `step`; from a thread, as another process would."""
+    """Do something to the job once a worker told that it reached `step`; from a thread, as another process would."""
     from django.db import DatabaseError, connection
 
     from jobs.models import Job
@@ -142,10 +143,8 @@ def _cancel_waiting() -> None:
     from jobs.lifecycle import job_cancel
 
     job = generate("gone")
-    try:
+    with contextlib.suppress(Conflict):  # Told a second time: it has ended already.
         job_cancel(job=job)
-    except Conflict:
-        pass  # Told a second time: it has ended already.
 
 
 def _cancel_running() -> None:

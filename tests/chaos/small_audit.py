@@ -1,4 +1,4 @@
-"""What must be true of a small site once all is over, read with SQL and the eyes of a stranger: nothing of the product."""
+"""What must be true of a small site once all is over, read with plain SQL: nothing of the product here."""
 
 import hashlib
 import json
@@ -57,14 +57,14 @@ def _of_blobs(database: sqlite3.Connection, folder: Path) -> list[str]:
         ("jobs_loraversion", "kohya_sha256"),
         ("jobs_datasetimage", "sha256"),
     ):
-        named |= {row[0]: f"{table}.{column}" for row in database.execute(f"select {column} from {table}")}
+        named |= {row[0]: f"{table}.{column}" for row in database.execute(f"select {column} from {table}")}  # noqa: S608
     for table, column in (
         ("jobs_loraversion", "peft_files"),
         ("jobs_trainingrun", "samples"),
         ("jobs_datasetversion", "manifest"),
         ("jobs_basemodel", "files"),
     ):
-        for (text,) in database.execute(f"select {column} from {table} where {column} is not null"):
+        for (text,) in database.execute(f"select {column} from {table} where {column} is not null"):  # noqa: S608
             named |= dict.fromkeys(_hashes(json.loads(text)), f"{table}.{column}")
     found = []
     for sha256, where in named.items():
