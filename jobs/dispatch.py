@@ -5,112 +5,205 @@ Front: `manage.py dispatch`.
 
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from django.conf import settings
-from django.db import DatabaseError, connection, transaction
+from django.db import DatabaseError, IntegrityError, connection
 from django.db.models import F, Q
 from django.db.models.functions import Now
 
+from core.failpoints import side_effect
 from jobs import recovery
 from jobs.database_clock import after
-from jobs.doorbells import Doorbells
+from jobs.doorbells import Doorbells, doorbells_wanted
+from jobs.garbage import SWEEP_EVERY_SECONDS, garbage_sweep
 from jobs.models import LeaderLease
+from jobs.preemption import trainings_ask_to_yield
 from jobs.queue import waiting_by_kind
-from jobs.status import QUEUES, JobKind
+from jobs.status import QUEUES
+from jobs.wakeup import Wakeup, wakeup
 from jobs.workers import live_workers, silent_workers_mark_gone
 
 logger = logging.getLogger(__name__)
 
 ROLE = "dispatcher"
-LEADER_LEASE_SECONDS = 10.0
-BEAT_SECONDS = 2.0
+LEADER_LEASE_SECONDS = 4.0
+BEAT_SECONDS = 1.0
 SWEEP_SECONDS = 1.0
-DOORBELLS_PER_WORKER = 2
+CHILDREN_SECONDS = 1.0
+"""How long the list of live workers is believed; a new one waits this long for its first doorbell."""
+SAFETY_SECONDS = 0.5
+"""A leader stops acting this long before its lease can have run out by the database's clock."""
+
+
+class Leader(NamedTuple):
+    """Who leads the dispatchers, by the database's clock."""
+
+    holder: str
+    age_seconds: float
+    """Since it was last heard."""
+
+
+def leader() -> Leader | None:
+    """The dispatcher that led last; None when none ever ran."""
+    row = LeaderLease.objects.filter(role=ROLE).annotate(now=Now()).values_list("holder", "now", "beat_at").first()
+    return None if row is None else Leader(row[0], (row[1] - row[2]).total_seconds())
 
 
 def leader_age_seconds() -> float | None:
     """Seconds since a dispatcher was last heard, by the database's clock; None when none ever ran."""
-    row = LeaderLease.objects.filter(role=ROLE).annotate(now=Now()).values_list("now", "beat_at").first()
-    return None if row is None else (row[0] - row[1]).total_seconds()
+    found = leader()
+    return None if found is None else found.age_seconds
 
 
 class Dispatcher:
     """One dispatcher process."""
 
     def __init__(self, doorbells: Doorbells | None = None) -> None:
-        self.holder = f"{socket.gethostname()}:{os.getpid()}"
+        # A restarted container may get the same host name and process number.
+        self.holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"
         self._doorbells = doorbells or Doorbells()
         self._leads = False
-        self._beat_due = 0.0
-        self._sweep_due = 0.0
+        self._lead_ends = self._beat_due = self._sweep_due = self._count_due = self._children_due = 0.0
+        self._garbage_due = time.monotonic() + SWEEP_EVERY_SECONDS / 10
+        self._garbage: threading.Thread | None = None
+        self._children: dict[str, int] = {}
 
     def run(self, stop: threading.Event) -> None:
         """Tick until told to stop. A database that does not answer is waited for."""
         logger.info("dispatcher started holder=%s", self.holder)
-        while not stop.wait(settings.LORASITE["DISPATCH_SECONDS"]):
+        bell: Wakeup = wakeup()
+        announced: Counter[str] = Counter()
+        while not stop.is_set():
             try:
-                self.tick()
+                self.tick(announced)
+                announced = bell.wait(stop, settings.LORASITE["DISPATCH_SECONDS"])
             except DatabaseError:
                 logger.exception("dispatcher: the database does not answer, trying again")
                 connection.close()
                 self._leads = False
+                self._beat_due = 0.0
                 stop.wait(1.0)
+        bell.close()
         self.step_down()
+        self._doorbells.close()
         logger.info("dispatcher stopped holder=%s", self.holder)
 
-    def tick(self) -> None:
-        """1. lead or stand by; 2. sweep what crashed; 3. ring for what waits."""
+    def tick(self, announced: Mapping[str, int] | None = None) -> None:
+        """1. lead or stand by; 2. ring for what was announced or waits; 3. sweep what crashed.
+
+        Args:
+            announced: {kind: jobs} that became claimable just now; without any, or where a kind is empty, the
+                waiting jobs are counted.
+        """
         now = time.monotonic()
-        if now >= self._beat_due:
-            self._leads = self._lead()
+        if now >= min(self._beat_due, self._lead_ends):
+            self._beat(now)
             self._beat_due = now + BEAT_SECONDS
-        if not self._leads:
+        if not self._may_act():
             return
-        if now >= self._sweep_due:
+        if now >= self._children_due:
+            self._children, self._children_due = _children_by_queue(), now + CHILDREN_SECONDS
+        if announced and "" not in announced and now < self._count_due:
+            # Without asking the database: that would double the time from the commit to the doorbell.
+            self._doorbells.top_up(doorbells_wanted(announced, self._children))
+        else:
+            self._doorbells.top_up(doorbells_wanted(waiting_by_kind(), self._children))
+            self._count_due = time.monotonic() + settings.LORASITE["DISPATCH_SECONDS"]
+        if now >= self._sweep_due and self._may_act():
             self._sweep()
-            self._sweep_due = now + SWEEP_SECONDS
-        self._doorbells.top_up(self._wanted())
+            self._sweep_due = time.monotonic() + SWEEP_SECONDS
+        if now >= self._garbage_due and self._may_act():
+            self._garbage_due = now + SWEEP_EVERY_SECONDS
+            self._collect_garbage()
 
     def step_down(self) -> None:
         """Give the lead to whoever stands by, at once."""
         try:
-            LeaderLease.objects.filter(role=ROLE, holder=self.holder).update(lease_until=Now())
+            with side_effect("dispatcher.step_down"):
+                LeaderLease.objects.filter(role=ROLE, holder=self.holder).update(lease_until=Now())
         except DatabaseError:
             logger.warning("dispatcher could not step down; the lead is free in %g s", LEADER_LEASE_SECONDS)
         self._leads = False
 
-    @transaction.atomic
-    def _lead(self) -> bool:
-        LeaderLease.objects.get_or_create(
-            role=ROLE, defaults={"holder": "", "lease_until": after(-1), "beat_at": Now()}
-        )
+    def _may_act(self) -> bool:
+        """A leader that was paused for longer than its lease must ask again before it acts."""
+        return self._leads and time.monotonic() < self._lead_ends
+
+    def _beat(self, asked_at: float) -> None:
         free_or_mine = Q(holder=self.holder) | Q(lease_until__lte=Now())
-        led = LeaderLease.objects.filter(free_or_mine, role=ROLE).update(
-            holder=self.holder, token=F("token") + 1, lease_until=after(LEADER_LEASE_SECONDS), beat_at=Now()
-        )
-        if bool(led) != self._leads:
+        row = LeaderLease.objects.filter(role=ROLE)
+        with side_effect("dispatcher.lead"):
+            led = bool(
+                row.filter(free_or_mine).update(
+                    holder=self.holder, token=F("token") + 1, lease_until=after(LEADER_LEASE_SECONDS), beat_at=Now()
+                )
+            )
+        if not led and not row.exists():
+            led = self._first_lead()
+        # Counted from before the question, which is the safe side.
+        self._lead_ends = asked_at + LEADER_LEASE_SECONDS - SAFETY_SECONDS
+        if led != self._leads:
             logger.info("dispatcher %s holder=%s", "leads" if led else "stands by", self.holder)
-        return bool(led)
+        self._leads = led
+
+    def _first_lead(self) -> bool:
+        try:
+            with side_effect("dispatcher.first_lead"):
+                LeaderLease.objects.create(
+                    role=ROLE, holder=self.holder, token=1, lease_until=after(LEADER_LEASE_SECONDS), beat_at=Now()
+                )
+        except IntegrityError:
+            return False  # Another one was faster.
+        return True
 
     def _sweep(self) -> None:
-        lost = recovery.expired_leases_requeue()
-        expired = recovery.queued_past_deadline_expire()
-        gone = silent_workers_mark_gone()
-        if lost or expired or gone:
-            logger.info("sweep lost_leases=%d expired_jobs=%d silent_workers=%d", lost, expired, gone)
-
-    def _wanted(self) -> dict[JobKind, int]:
-        waiting = waiting_by_kind()
-        if not waiting:
-            return {}
-        children = dict.fromkeys(QUEUES.values(), 0)
-        for queues in live_workers().values_list("queues", flat=True):
-            for queue in queues:
-                if queue in children:
-                    children[queue] += 1
-        return {
-            kind: min(waiting.get(kind, 0), DOORBELLS_PER_WORKER * children[queue]) for kind, queue in QUEUES.items()
+        sweeps: dict[str, Callable[[], int]] = {
+            "lost_leases": recovery.expired_leases_requeue,
+            "expired_jobs": recovery.queued_past_deadline_expire,
+            "cancelled_jobs": recovery.waiting_cancel,
+            "silent_workers": silent_workers_mark_gone,
+            "trainings_asked": trainings_ask_to_yield,
         }
+        for name, sweep in sweeps.items():
+            try:
+                count = sweep()
+            except DatabaseError:
+                raise
+            except Exception:
+                # One broken rule must not keep the others from their work, nor the doorbells.
+                logger.exception("sweep failed name=%s", name)
+                continue
+            if count:
+                logger.info("sweep %s=%d", name, count)
+
+    def _collect_garbage(self) -> None:
+        """In a thread with a connection of its own: a slow store must not delay a doorbell."""
+        if self._garbage is not None and self._garbage.is_alive():
+            return
+        self._garbage = threading.Thread(target=_sweep_garbage, name="garbage", daemon=True)
+        self._garbage.start()
+
+
+def _sweep_garbage() -> None:
+    try:
+        logger.info("garbage swept %s", garbage_sweep())
+    except Exception:
+        logger.exception("garbage sweep failed; the next one is in %g s", SWEEP_EVERY_SECONDS)
+    finally:
+        connection.close()
+
+
+def _children_by_queue() -> dict[str, int]:
+    children = dict.fromkeys(QUEUES.values(), 0)
+    for queues in live_workers().values_list("queues", flat=True):
+        for queue in queues:
+            if queue in children:
+                children[queue] += 1
+    return children

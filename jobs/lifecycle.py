@@ -21,6 +21,7 @@ from jobs.errors import Conflict, InvalidTransition, LeaseLost
 from jobs.models import Job, JobAttempt, JobEvent, WorkerProcess
 from jobs.status import LEASED, TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState, sources_of
 from jobs.usage import usage_add
+from jobs.wakeup import announce
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,8 @@ def job_release(
     with transaction.atomic():
         _change(job_id, JobState.QUEUED, token=token, reason=reason, stage="waiting to go on", **columns)
         _close_attempt(job_id, token, outcome, reason)
+        if not delay_seconds:
+            announce()
 
 
 def job_preempted(*, job_id: UUID, token: int, reason: str) -> None:
@@ -167,6 +170,8 @@ def job_lost(
         with transaction.atomic():
             _change(job.pk, target, token=job.token, where=where, reason=told, **columns)
             _close_attempt(job.pk, job.token, outcome, reason)
+            if target == JobState.QUEUED:
+                announce(job.kind)
     except LeaseLost:
         return None
     return target

@@ -28,6 +28,7 @@ from jobs.models import (
 )
 from jobs.models.job import SPEC_VERSION
 from jobs.status import JobKind, JobState
+from jobs.wakeup import announce
 
 PICTURES_PER_BATCH = 8
 """Most pictures that one forward holds; larger requests run alone."""
@@ -91,6 +92,7 @@ def job_submit(
             with side_effect("submission.insert_request"):
                 attach(job)
             job_created(job)
+            announce(kind)
     except IntegrityError:
         # A web process of an older version takes no lock: the loser of the unique constraint answers with its job.
         earlier = _made_earlier(owner, idempotency_key, request_hash)

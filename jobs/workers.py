@@ -8,6 +8,7 @@ from django.conf import settings
 from django.db.models import QuerySet
 from django.db.models.functions import Now
 
+from core.failpoints import side_effect
 from jobs.database_clock import after
 from jobs.models import WorkerProcess
 from jobs.models.job import SPEC_VERSION
@@ -36,26 +37,27 @@ def worker_register(*, queues: Sequence[str], device: str) -> WorkerProcess:
 def worker_ready(*, worker: WorkerProcess, warm_bases: Sequence[str]) -> None:
     """STARTING → READY, with the fingerprints that it keeps loaded."""
     worker.state, worker.warm_bases = WorkerState.READY, list(warm_bases)
-    WorkerProcess.objects.filter(pk=worker.pk).update(
-        state=WorkerState.READY, warm_bases=list(warm_bases), heartbeat_at=Now()
-    )
+    with side_effect("worker.ready"):
+        WorkerProcess.objects.filter(pk=worker.pk).update(
+            state=WorkerState.READY, warm_bases=list(warm_bases), heartbeat_at=Now()
+        )
 
 
 def worker_beat(*, worker: WorkerProcess, warm_bases: Sequence[str]) -> None:
     """Say that this process lives, and which bases are loaded now."""
     worker.warm_bases = list(warm_bases)
-    WorkerProcess.objects.filter(pk=worker.pk).update(warm_bases=list(warm_bases), heartbeat_at=Now())
+    with side_effect("worker.beat"):
+        WorkerProcess.objects.filter(pk=worker.pk).update(warm_bases=list(warm_bases), heartbeat_at=Now())
 
 
 def worker_gone(*, worker: WorkerProcess) -> None:
     """The process ends in good order."""
-    WorkerProcess.objects.filter(pk=worker.pk).update(state=WorkerState.GONE, heartbeat_at=Now())
+    with side_effect("worker.gone"):
+        WorkerProcess.objects.filter(pk=worker.pk).update(state=WorkerState.GONE, heartbeat_at=Now())
 
 
 def silent_workers_mark_gone() -> int:
     """Workers whose heartbeat is older than two leases become GONE. Returns how many."""
-    return (
-        WorkerProcess.objects.filter(heartbeat_at__lt=after(-2 * settings.LORASITE["LEASE_SECONDS"]))
-        .exclude(state=WorkerState.GONE)
-        .update(state=WorkerState.GONE)
-    )
+    silent = WorkerProcess.objects.filter(heartbeat_at__lt=after(-2 * settings.LORASITE["LEASE_SECONDS"]))
+    with side_effect("worker.mark_silent"):
+        return silent.exclude(state=WorkerState.GONE).update(state=WorkerState.GONE)

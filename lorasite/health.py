@@ -9,13 +9,13 @@ from django.db.models import Count
 from django.http import HttpRequest, JsonResponse
 from django.views.decorators.http import require_safe
 
-from jobs.dispatch import leader_age_seconds
+from jobs.dispatch import leader
 from jobs.status import WorkerState
 from jobs.workers import live_workers
 
 logger = logging.getLogger(__name__)
 
-DISPATCHER_STALE_SECONDS = 30.0
+DISPATCHER_STALE_SECONDS = 15.0
 
 
 @require_safe
@@ -29,13 +29,19 @@ def readyz(request: HttpRequest) -> JsonResponse:
     """200 when requests can be served and jobs will run; 503 with the reasons otherwise."""
     problems: list[str] = []
     workers: dict[str, int] = {}
+    dispatcher: dict[str, object] | None = None
     try:
         connection.ensure_connection()
-        age = leader_age_seconds()
-        if age is None:
+        leads = leader()
+        if leads is None:
             problems.append("no dispatcher has run yet: start `manage.py dispatch`")
-        elif age > DISPATCHER_STALE_SECONDS:
-            problems.append(f"the dispatcher was last heard {age:.0f} s ago: jobs wait, start `manage.py dispatch`")
+        else:
+            dispatcher = {"leader": leads.holder, "heard_seconds_ago": round(leads.age_seconds, 1)}
+            if leads.age_seconds > DISPATCHER_STALE_SECONDS:
+                problems.append(
+                    f"the dispatcher was last heard {leads.age_seconds:.0f} s ago: jobs wait, "
+                    "start `manage.py dispatch`"
+                )
         workers = dict(live_workers().values_list("state").annotate(Count("id")).order_by())
         if not workers.get(WorkerState.READY):
             problems.append("no worker is ready: start `celery -A lorasite worker -Q gpu,cpu`")
@@ -45,7 +51,8 @@ def readyz(request: HttpRequest) -> JsonResponse:
     free_bytes = _free_disk_bytes()
     if free_bytes < 2**30:
         problems.append(f"only {free_bytes // 2**20} MiB are free in the data folder")
-    body = {"status": "ok" if not problems else "degraded", "problems": problems, "workers": workers}
+    status = "ok" if not problems else "degraded"
+    body = {"status": status, "problems": problems, "workers": workers, "dispatcher": dispatcher}
     return JsonResponse(body, status=200 if not problems else 503)
 
 

@@ -15,7 +15,7 @@ class Command(BaseCommand):
     help = (
         "Watch the database for jobs and ring the workers through the broker (LORASITE_BROKER_URL). "
         "Also takes back jobs of dead workers. Start it once per site; a second one stands by and takes over "
-        "within 10 seconds."
+        "within 5 seconds."
     )
 
     def handle(self, *args: Any, **options: Any) -> None:
