@@ -94,7 +94,7 @@ FILE_UPLOAD_MAX_MEMORY_SIZE = 2 * 2**20  # bytes; larger uploads go to a tempora
 
 if ENVIRONMENT.storage == "s3":
     _artifacts: dict[str, Any] = {
-        "BACKEND": "storages.backends.s3.S3Storage",
+        "BACKEND": "jobs.s3_storage.S3ArtifactStorage",
         "OPTIONS": {
             "bucket_name": ENVIRONMENT.s3_bucket,
             "endpoint_url": ENVIRONMENT.s3_endpoint_url or None,
