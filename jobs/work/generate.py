@@ -6,7 +6,7 @@ from typing import Any
 
 from core.config import GenerateConfig
 from core.errors import Interrupted
-from jobs.artifacts import artifact_put
+from jobs.artifacts import artifact_put, artifacts_pin
 from jobs.heartbeat import Hold
 from jobs.models import GeneratedImage, GenerationRequest
 from jobs.node_cache import node_cache
@@ -50,6 +50,7 @@ class GenerateWork:
 
     def record(self) -> None:
         """The pictures become visible."""
+        artifacts_pin(sha256 for _, sha256, _ in self.stored)
         GeneratedImage.objects.bulk_create(
             GeneratedImage(
                 owner=self.request.owner,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.artifacts import artifact_put
+from jobs.artifacts import artifact_put, artifacts_pin
 from jobs.heartbeat import DOWNLOAD_SECONDS, Hold
 from jobs.models import BaseModel
 from jobs.scratch import scratch_open
@@ -38,6 +38,7 @@ class PrepareBaseWork:
 
     def record(self) -> None:
         """From now on jobs may use this base."""
+        artifacts_pin(self.stored.values())
         BaseModel.objects.filter(pk=self.base_model.pk).update(
             fingerprint=self.prepared.fingerprint, facts=self.prepared.facts.dump(), files=self.stored
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from core.config import PreprocessConfig
 from core.preprocess import PreprocessResult, SourceImage
-from jobs.artifacts import artifact_put
+from jobs.artifacts import artifact_put, artifacts_pin
 from jobs.errors import LeaseLost
 from jobs.heartbeat import Hold
 from jobs.models import DatasetVersion
@@ -52,6 +52,7 @@ class PreprocessWork:
     def record(self) -> None:
         """Freeze the version."""
         manifest = self.result.manifest
+        artifacts_pin(image.sha256 for image in manifest.images)
         frozen = DatasetVersion.objects.filter(pk=self.version.pk, manifest_hash="").update(
             manifest=manifest.to_json(),
             manifest_hash=manifest.content_hash(),

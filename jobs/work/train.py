@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from django.db import transaction
 from django.db.models import Max
 
 from core.config import TrainConfig
 from core.errors import Paused
 from core.failpoints import side_effect
 from core.manifest import DatasetManifest
-from jobs.artifacts import artifact_put
+from jobs.artifacts import artifact_put, artifacts_pin
 from jobs.heartbeat import Hold, Preempted
 from jobs.leases import checkpoint_record
 from jobs.models import Lora, LoraVersion, TrainingRun
@@ -79,7 +80,9 @@ class TrainWork:
         def attempt() -> None:
             self.hold.check()
             stored = {name: artifact_put(aside / name)[0] for name in files}
-            checkpoint_record(job_id=self.hold.job.pk, token=self.hold.token, step=step, files=stored)
+            with side_effect("checkpoint.commit"), transaction.atomic():
+                artifacts_pin(stored.values())
+                checkpoint_record(job_id=self.hold.job.pk, token=self.hold.token, step=step, files=stored)
             shutil.rmtree(aside, ignore_errors=True)
 
         self._newest = current().uploader.add(Upload(self.hold, attempt, is_result=False))
@@ -95,7 +98,7 @@ class TrainWork:
         self.peft_files = {
             path.name: artifact_put(path)[0] for path in sorted(self.result.peft_folder.iterdir()) if path.is_file()
         }
-        self.samples = []
+        self.samples: list[dict[str, Any]] = []
         for sample in self.result.samples:
             self.hold.check()
             sha256 = artifact_put(sample.path)[0]
@@ -103,6 +106,8 @@ class TrainWork:
 
     def record(self) -> None:
         """The LoRA version becomes visible."""
+        samples = [sample["sha256"] for sample in self.samples]
+        artifacts_pin([self.kohya_sha256, *self.peft_files.values(), *samples])
         run = self.training_run
         lora, _ = Lora.objects.get_or_create(
             owner=run.owner,
