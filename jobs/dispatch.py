@@ -23,6 +23,7 @@ from jobs import recovery
 from jobs.database_clock import after
 from jobs.doorbells import Doorbells, doorbells_wanted
 from jobs.garbage import SWEEP_EVERY_SECONDS, garbage_sweep
+from jobs.life_locks import dead_workers_close
 from jobs.models import LeaderLease
 from jobs.preemption import trainings_ask_to_yield
 from jobs.queue import waiting_by_kind
@@ -165,6 +166,7 @@ class Dispatcher:
 
     def _sweep(self) -> None:
         sweeps: dict[str, Callable[[], int]] = {
+            "jobs_of_dead_workers": dead_workers_close,
             "lost_leases": recovery.expired_leases_requeue,
             "expired_jobs": recovery.queued_past_deadline_expire,
             "cancelled_jobs": recovery.waiting_cancel,

@@ -106,6 +106,7 @@ def _child_starts(**_: Any) -> None:
     from core.die_with_parent import die_with_parent
     from jobs import worker_context
     from jobs.heartbeat import Heartbeat
+    from jobs.life_locks import dead_workers_close, life_lock_take
     from jobs.models import BaseModel
     from jobs.node_cache import node_cache
     from jobs.scratch import scratch_sweep
@@ -118,6 +119,8 @@ def _child_starts(**_: Any) -> None:
     device = _device_of_this_child() if serves_gpu else "cpu"
     scratch_sweep()
     worker = worker_register(queues=_selected_queues, device=device)
+    life_lock_take(worker)
+    dead_workers_close()  # The one that this process replaces, first of all.
     warm_bases: Any = list
     free_memory: Any = gc.collect
     if serves_gpu:
