@@ -16,8 +16,9 @@ class JobQuerySet(OwnedQuerySet):
     """Querysets that read as words."""
 
     def claimable(self) -> Self:
-        """Queued, due, not asked to stop, and of a specification that this code understands."""
+        """Queued, due, not past its deadline, not asked to stop, of a specification that this code understands."""
         due = models.Q(not_before__isnull=True) | models.Q(not_before__lte=Now())
+        due &= models.Q(deadline__isnull=True) | models.Q(deadline__gt=Now())
         return self.filter(due, state=JobState.QUEUED, cancel_requested_at__isnull=True, spec_version__lte=SPEC_VERSION)
 
     def active(self) -> Self:

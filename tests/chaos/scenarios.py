@@ -23,12 +23,14 @@ class Scenario:
         begin: Submits; called again after a death, so it uses idempotency keys.
         ends: Allowed final states of its jobs by idempotency key; SUCCEEDED where a key is not named.
         check: Further findings once everything has ended, as sentences.
+        dies: The telling process is replaced on the way, as the product wants it.
     """
 
     name: str
     begin: Callable[[], None]
     ends: dict[str, frozenset[str]] = field(default_factory=dict)
     check: Callable[[], list[str]] = list
+    dies: bool = False
 
 
 def furnish() -> None:
@@ -161,10 +163,6 @@ def _expire() -> None:
     job = generate("late")
     Job.objects.filter(pk=job.pk, started_at__isnull=True).update(deadline=timezone.now())
     time.sleep(0.01)
-
-
-def _user_error() -> None:
-    generate("nan", prompt="fails: nan")
 
 
 def _preprocess_check() -> list[str]:

@@ -63,7 +63,12 @@ def names() -> list[tuple[str, str]]:
 
 def points() -> list[str]:
     """Every point at which a test can make the process die."""
-    return [f"{name}:{side}" for name, _ in names() for side in ("before", "after")]
+    ends = ("before",)  # Nothing comes after the end of a process.
+    return [
+        f"{name}:{side}"
+        for name, _ in names()
+        for side in (ends if name.startswith("process.end") else ("before", "after"))
+    ]
 
 
 def _effects_of(tree: ast.AST, file: str) -> Iterator[Effect]:

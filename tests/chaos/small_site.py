@@ -4,7 +4,6 @@ Made for forks of a preloaded parent: `enter` points Django at another folder wi
 """
 
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +31,9 @@ def load() -> None:
         "DRAIN_SECONDS": 2.0,
     }
     import jobs.tasks  # noqa: F401
-    import tests.chaos.scenarios  # noqa: F401
+    from tests.chaos import misfortunes
+
+    misfortunes.install()
 
 
 def make_template(folder: Path) -> None:
@@ -42,9 +43,10 @@ def make_template(folder: Path) -> None:
     from django.core.management import call_command
 
     call_command("migrate", verbosity=0)
-    from tests.chaos import scenarios
+    from tests.chaos import misfortunes, scenarios
 
     scenarios.furnish()
+    misfortunes.furnish()
     leave()
 
 
@@ -106,6 +108,7 @@ class Everybody:
         from jobs import worker_context
         from jobs.heartbeat import Heartbeat
         from jobs.scratch import scratch_sweep
+        from jobs.watchdog import Watchdog
         from jobs.worker_context import ShutdownFlag
         from jobs.workers import worker_ready, worker_register
 
@@ -117,6 +120,7 @@ class Everybody:
         worker_context.enter(context)
         heartbeat.start()
         context.uploader.start()
+        Watchdog(heartbeat).start()
         worker_ready(worker=self.worker, warm_bases=[])
 
     def work(self, *, seconds: float = WAIT_SECONDS) -> None:
@@ -139,6 +143,3 @@ class Everybody:
 
         worker_context.current().go()
         self.dispatcher.step_down()
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join(timeout=1)

@@ -1,0 +1,266 @@
+"""Stories in which something goes wrong by itself: errors of a person, of a device, of a program, and whole subsystems
+that no ordinary job walks through (garbage, checkpoints of the real trainer, uploads).
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from tests.chaos import expected, scenarios
+from tests.chaos.scenarios import Scenario, during, generate, lora_is_right, person, picture_is_right, train
+
+CHECKPOINTS = 4
+
+
+def install() -> None:
+    """Let the fake pipeline misbehave where a prompt says so. Call after `fakes.install`."""
+    import gpu_worker.generation as fake
+    from jobs import preemption
+
+    well = fake.run_generations
+
+    def run(*, orders: Sequence[Any], memory_rung: int = 0, **rest: Any) -> Any:
+        for order in orders:
+            _misbehave(order.config.prompt, first_try=order.folder.name == "1", memory_rung=memory_rung)
+        return well(orders=orders, memory_rung=memory_rung, **rest)
+
+    fake.run_generations = run
+    preemption.BETWEEN_YIELDS_SECONDS = preemption.PATIENCE_SECONDS = 0.0
+
+
+def furnish() -> None:
+    """A real prepared base, small."""
+    from django.conf import settings
+
+    from core.prepared_base import prepare_base
+    from jobs.artifacts import artifact_put
+    from jobs.models import BaseModel
+    from tests.tiny_models import make_tiny_pipeline
+
+    work = Path(settings.LORASITE["DATA"]) / "furnish"
+    prepared = prepare_base(make_tiny_pipeline(work / "source"), work / "prepared")
+    files = {name: artifact_put(prepared.folder / name)[0] for name in [*prepared.files, "manifest.json"]}
+    facts = prepared.facts.dump()
+    BaseModel.objects.create(name="tiny", source="tiny", fingerprint=prepared.fingerprint, facts=facts, files=files)
+    shutil.rmtree(work)
+
+
+def _misbehave(prompt: str, *, first_try: bool, memory_rung: int) -> None:
+    from core.errors import TrainingDiverged
+
+    if prompt == "never works":
+        raise TrainingDiverged("the loss is not a number")
+    if prompt == "needs little memory" and memory_rung == 0:
+        raise MemoryError
+    if first_try and prompt == "hangs at first":
+        time.sleep(60)
+    if first_try and prompt == "device fails at first":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if first_try and prompt == "surprises at first":
+        raise ZeroDivisionError
+    if first_try and prompt == "disk is full at first":
+        raise OSError(28, "No space left on device")
+
+
+def _newcomer() -> None:
+    from jobs.models import BaseModel, User
+    from jobs.submission import generation_submit
+
+    newcomer, _ = User.objects.get_or_create(username="newcomer")
+    values = {"prompt": "a picture", "seed": 7, "count": 1, "steps": 2}
+    base = BaseModel.objects.get(name="base")
+    generation_submit(owner=newcomer, base_model=base, loras=[], values=values, idempotency_key="first")
+
+
+def _worker_goes_down() -> None:
+    """SIGTERM in the middle of a training; the flag falls again once the job was given back."""
+    from jobs import worker_context
+    from jobs.models import Job
+    from jobs.status import JobState
+
+    def shut_down(job: Any) -> None:
+        flag = worker_context.current().shutdown
+        flag.raise_flag()
+        end = time.monotonic() + 5
+        while time.monotonic() < end and Job.objects.get(pk=job.pk).state == JobState.RUNNING:
+            time.sleep(0.02)
+        flag._byte[0] = 0
+
+    during(train("lora", steps=24), 6, shut_down)
+
+
+def _somebody_waits() -> None:
+    """A generation comes while a training runs."""
+    from jobs.preemption import trainings_ask_to_yield
+
+    def interrupt(_: Any) -> None:
+        generate("urgent")
+        trainings_ask_to_yield()
+
+    during(train("lora", steps=24), 3, interrupt)
+
+
+def _upload() -> None:
+    from jobs.models import Dataset
+    from jobs.uploads import dataset_images_upload
+    from tests.factories import picture_bytes, picture_file
+
+    dataset, _ = Dataset.objects.get_or_create(owner=person(), name="uploaded")
+    files = [picture_file(f"{seed}.png", picture_bytes(seed=seed)) for seed in (1, 2)]
+    dataset_images_upload(dataset=dataset, owner=person(), files=files)
+
+
+def _upload_check() -> list[str]:
+    from jobs.models import DatasetImage
+
+    count = DatasetImage.objects.filter(dataset__name="uploaded").count()
+    return [] if count == 2 else [f"{count} of 2 uploaded pictures are there"]
+
+
+def _prepare_base() -> None:
+    """The real preparation needs torch; what counts here is how its files are stored and published."""
+    from types import SimpleNamespace
+
+    import gpu_worker.base_preparation as fake
+    from core.base_facts import BaseFacts
+    from jobs.models import BaseModel
+    from jobs.submission import base_preparation_submit
+    from tests.factories import DEMO_FACTS
+
+    def run(source: Path, destination: Path, report: Any) -> Any:
+        destination.mkdir(parents=True)
+        (destination / "manifest.json").write_text("{}")
+        (destination / "unet.safetensors").write_bytes(b"weights")
+        return SimpleNamespace(fingerprint=expected.sha256(b"weights"), facts=BaseFacts.parse(DEMO_FACTS))
+
+    fake.run_base_preparation = run
+    base, made = BaseModel.objects.get_or_create(name="new base", defaults={"source": "/models/new"})
+    if made or base.job is None:
+        base_preparation_submit(owner=person(), base_model=base)
+
+
+def _prepare_base_check() -> list[str]:
+    from jobs.models import BaseModel
+
+    files = sorted(BaseModel.objects.get(name="new base").files)
+    return [] if files == ["manifest.json", "unet.safetensors"] else [f"the base has files {files}"]
+
+
+def _rebuild_base_folder() -> None:
+    """As a GPU process does for a base that its machine has not yet."""
+    from django.conf import settings
+
+    from gpu_worker.base_folders import base_folder
+    from gpu_worker.settings import BaseRef
+    from jobs.models import BaseModel
+    from jobs.node_cache import node_cache
+
+    base = BaseModel.objects.get(name="tiny")
+    ref = BaseRef(name=base.name, fingerprint=base.fingerprint, files=base.files)
+    base_folder(ref, Path(settings.LORASITE["DATA"]) / "cache", node_cache().get)
+    generate("one")
+
+
+def _garbage() -> None:
+    """An orphan that is old, a blob that no row knows, a leftover of a killed writer, and a job meanwhile."""
+    from django.core.files.storage import default_storage
+
+    from jobs.artifacts import artifact_name, artifact_put_stream
+    from jobs.garbage import garbage_sweep_whole
+    from jobs.models import Artifact
+
+    orphan, _ = artifact_put_stream(BytesIO(b"nobody needs this"))
+    Artifact.objects.filter(pk=orphan).update(put_at="2001-01-01T00:00:00Z")
+    unknown = Path(default_storage.path(artifact_name(expected.sha256(b"unknown"))))
+    unknown.parent.mkdir(parents=True, exist_ok=True)
+    unknown.write_bytes(b"unknown")
+    torn = Path(default_storage.path(artifact_name(expected.sha256(b"once torn"))))
+    torn.parent.mkdir(parents=True, exist_ok=True)
+    torn.write_bytes(b"once")
+    artifact_put_stream(BytesIO(b"once torn"))
+    leftover = unknown.parent / ".part-left"
+    leftover.write_bytes(b"half")
+    os.utime(leftover, (1, 1))
+    generate("one")
+    garbage_sweep_whole()
+
+
+def _garbage_check() -> list[str]:
+    from django.core.files.storage import default_storage
+
+    from jobs.artifacts import artifact_name
+    from jobs.models import Artifact
+
+    found = []
+    if default_storage.exists(artifact_name(expected.sha256(b"nobody needs this"))):
+        found.append("the orphan is still there")
+    if not Artifact.objects.filter(pk=expected.sha256(b"unknown")).exists():
+        found.append("the unknown blob was not adopted")
+    if Path(default_storage.path(artifact_name(expected.sha256(b"once torn")))).read_bytes() != b"once torn":
+        found.append("the torn blob was not made whole")
+    return found + picture_is_right("one")
+
+
+def _checkpoints() -> None:
+    """The real trainer's step folders: written, superseded, and gone on from."""
+    from django.conf import settings
+
+    from core.checkpoint import newest_valid, save_checkpoint
+    from tests.core.test_checkpoint import IDENTITY, checkpoint_at
+
+    folder = Path(settings.LORASITE["DATA"]) / "checkpoints"
+    before = newest_valid(folder, IDENTITY)
+    for step in range(1 + (before.step if before else 0), CHECKPOINTS + 1):
+        save_checkpoint(folder, checkpoint_at(step), IDENTITY, {"ss_steps": str(step)})
+    generate("one")
+
+
+def _checkpoints_check() -> list[str]:
+    from django.conf import settings
+
+    from core.checkpoint import newest_valid
+    from tests.core.test_checkpoint import IDENTITY, checkpoint_at
+
+    folder = Path(settings.LORASITE["DATA"]) / "checkpoints"
+    newest = newest_valid(folder, IDENTITY)
+    if newest is None or newest.step != CHECKPOINTS:
+        return [f"the newest checkpoint is {newest and newest.step}, not {CHECKPOINTS}"]
+    same = newest.optimizer["exp_avg"].equal(checkpoint_at(CHECKPOINTS).optimizer["exp_avg"])
+    return [] if same else ["the newest checkpoint holds other numbers"]
+
+
+def _story(prompt: str) -> Scenario:
+    return Scenario(
+        prompt,
+        lambda: generate("one", prompt=prompt) and None,
+        check=lambda: picture_is_right("one", prompt),
+        dies=prompt in ("hangs at first", "device fails at first"),
+    )
+
+
+STORIES = [
+    Scenario("never works", lambda: generate("nan", prompt="never works") and None, {"nan": frozenset({"failed"})}),
+    _story("needs little memory"),
+    _story("hangs at first"),
+    _story("device fails at first"),
+    _story("surprises at first"),
+    _story("disk is full at first"),
+    Scenario("newcomer", _newcomer, check=lambda: picture_is_right("first")),
+    Scenario("worker goes down", _worker_goes_down, check=lambda: lora_is_right("lora", 24)),
+    Scenario(
+        "somebody waits",
+        _somebody_waits,
+        check=lambda: [*lora_is_right("lora", 24), *picture_is_right("urgent")],
+    ),
+    Scenario("upload", _upload, check=_upload_check),
+    Scenario("prepare base", _prepare_base, check=_prepare_base_check),
+    Scenario("rebuild base folder", _rebuild_base_folder, check=lambda: picture_is_right("one")),
+    Scenario("garbage", _garbage, check=_garbage_check),
+    Scenario("checkpoints", _checkpoints, check=_checkpoints_check),
+]
+
+scenarios.SCENARIOS.update({story.name: story for story in STORIES})
