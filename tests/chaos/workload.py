@@ -53,13 +53,13 @@ class Workload:
                 "prompt": f"picture {number} {self._random.getrandbits(32):08x}",
                 "seed": self._random.randrange(1_000_000),
                 "count": self._random.randint(1, 3),
-                "steps": self._random.choice((4, 8, 12)),
+                "steps": self._random.randint(3, 14),
             }
             request |= {"kind": "generate", **values}
             call = lambda: self._generate(index, values, request["key"])  # noqa: E731
         elif draw < 0.95:
             values = {
-                "steps": self._random.randint(10, 60),
+                "steps": self._random.randint(8, 40),
                 "seed": self._random.randrange(1_000_000),
                 "checkpoint_every_steps": self._random.randint(4, 12),
             }
@@ -160,7 +160,7 @@ def main() -> None:
         if workload.waiting() < backlog:
             for _ in range(5):
                 workload.submit()
-        if dice.random() < 0.04:
+        if dice.random() < 0.025:
             workload.cancel_one()
         time.sleep(0.15)
     workload.journal.write("done", submitted=workload.submitted)
