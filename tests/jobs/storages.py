@@ -1,6 +1,7 @@
 """A store that goes away and comes back, for tests of everything that waits for one."""
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from jobs.local_storage import LocalArtifactStorage
@@ -26,6 +27,10 @@ OUTAGE = Outage()
 
 class FlakyStorage(LocalArtifactStorage):
     """The local store, behind a network that a test can cut."""
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        OUTAGE.check()
+        return super().sizes(names)
 
     def exists(self, name: str) -> bool:
         OUTAGE.check()

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 from django.conf import settings
 
-from core.errors import Cancelled
+from core.errors import Cancelled, Paused
 from core.progress import Progress
 from jobs import claims, lifecycle
-from jobs.heartbeat import Fenced, Heartbeat, Hold
+from jobs.heartbeat import Fenced, Heartbeat, Hold, Preempted
 from jobs.models import Job, WorkerProcess
 from jobs.status import JobKind
 from tests.jobs.conftest import MakeJob, expire_lease
@@ -79,3 +79,35 @@ def test_work_that_cannot_renew_stops_before_its_lease_can_have_run_out(
     monkeypatch.setitem(settings.LORASITE, "LEASE_SECONDS", 0.0)
     with pytest.raises(Fenced):
         hold.report(Progress(stage="training", step=1, total=9))
+
+
+def test_a_wish_for_room_reaches_a_training_at_its_next_step_as_a_pause(
+    make_job: MakeJob, worker: WorkerProcess
+) -> None:
+    job = make_job(kind=JobKind.TRAIN)
+    claim = claims.job_claim(kinds=[JobKind.TRAIN], worker=worker)
+    assert claim is not None
+    heartbeat = Heartbeat(worker)
+    hold = heartbeat.take(claim)
+    hold.report(Progress(stage="training", step=1, total=9))
+    Job.objects.filter(pk=job.pk).update(yield_requested_at=job.created_at)
+    heartbeat.beat()
+    with pytest.raises(Preempted) as preempted:
+        hold.report(Progress(stage="training", step=2, total=9))
+    assert isinstance(preempted.value, Paused), "so the training saves a checkpoint first"
+
+
+def test_a_job_that_this_process_lost_and_claimed_anew_is_two_holds_of_which_the_first_is_fenced(
+    held: tuple[Heartbeat, Hold], worker: WorkerProcess
+) -> None:
+    heartbeat, first = held
+    expire_lease(first.job)
+    claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+    assert claim is not None
+    second = heartbeat.take(claim)
+    heartbeat.let_go(first)
+    assert heartbeat.holds() == [second]
+    with pytest.raises(Fenced):
+        first.check()
+    heartbeat.beat()
+    second.check()
