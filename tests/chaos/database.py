@@ -84,10 +84,10 @@ class Database:
         query = "SELECT COUNT(*) AS n FROM jobs_job WHERE state IN ('queued', 'running', 'uploading')"
         return int(self.rows(query)[0]["n"])
 
-    def leading_dispatcher(self) -> int | None:
-        """The pid of the dispatcher that holds the lead."""
+    def leading_dispatcher(self) -> str:
+        """Who holds the lead, in the dispatcher's own words: host and pid are in it."""
         rows = self.rows("SELECT holder FROM jobs_leaderlease WHERE role = 'dispatcher'")
-        return int(rows[0]["holder"].rsplit(":", 1)[1]) if rows and ":" in rows[0]["holder"] else None
+        return str(rows[0]["holder"]) if rows else ""
 
     def close(self) -> None:
         """Close the connection."""

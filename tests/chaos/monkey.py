@@ -127,10 +127,12 @@ class Monkey:
         return True
 
     def _freeze_leader(self, act: Act) -> bool:
-        pid = self.database.leading_dispatcher()
-        if pid is None or not any(process.pid == pid for process in self.site.processes.values()):
+        words = self.database.leading_dispatcher().split(":")
+        pids = [self.site.processes[name].pid for name in self.site.dispatcher_names]
+        leading = [pid for pid in pids if str(pid) in words and psutil.pid_exists(pid)]
+        if not leading:
             return False
-        self._freeze(psutil.Process(pid), 11 + 3 * act.length, "dispatcher")
+        self._freeze(psutil.Process(leading[0]), 11 + 3 * act.length, "dispatcher")
         return True
 
     def _drain_worker(self, act: Act) -> None:
