@@ -17,7 +17,7 @@ from django.db import transaction
 
 from core.errors import ImageRejected
 from core.image_gate import encode_png, normalise, open_image
-from jobs.artifacts import artifact_put_stream, hash_stream
+from jobs.artifacts import artifact_put_stream, artifacts_pin, hash_stream
 from jobs.errors import NotFound
 from jobs.models import Dataset, DatasetImage, User
 
@@ -68,6 +68,7 @@ def dataset_images_upload(*, dataset: Dataset, owner: User, files: Sequence[Uplo
 
     Raises:
         NotFound: The dataset was deleted meanwhile.
+        ArtifactMissing: The upload took so long that its first pictures were removed again: upload once more.
     """
     result = UploadResult()
     pictures, sidecars = _sort_files(files, result)
@@ -181,6 +182,7 @@ def _save_rows(dataset: Dataset, accepted: list[DatasetImage], result: UploadRes
         # Two uploads into one dataset take turns, so that neither trips over the other's rows.
         if not Dataset.objects.select_for_update().filter(pk=dataset.pk).exists():
             raise NotFound(f"dataset {dataset.pk} was deleted during the upload")
+        artifacts_pin(image.sha256 for image in accepted)
         taken = set(dataset.images.values_list("sha256", flat=True))
         for image in accepted:
             if image.sha256 in taken:

@@ -6,6 +6,7 @@ from typing import Any
 
 from core.config import GenerateConfig
 from core.errors import Interrupted
+from core.failpoints import side_effect
 from jobs.artifacts import artifact_put, artifacts_pin
 from jobs.heartbeat import Hold
 from jobs.models import GeneratedImage, GenerationRequest
@@ -51,19 +52,20 @@ class GenerateWork:
     def record(self) -> None:
         """The pictures become visible."""
         artifacts_pin(sha256 for _, sha256, _ in self.stored)
-        GeneratedImage.objects.bulk_create(
-            GeneratedImage(
-                owner=self.request.owner,
-                request=self.request,
-                number=number,
-                seed=picture.seed,
-                sha256=sha256,
-                size_bytes=size_bytes,
-                width=picture.width,
-                height=picture.height,
+        with side_effect("pictures.record"):
+            GeneratedImage.objects.bulk_create(
+                GeneratedImage(
+                    owner=self.request.owner,
+                    request=self.request,
+                    number=number,
+                    seed=picture.seed,
+                    sha256=sha256,
+                    size_bytes=size_bytes,
+                    width=picture.width,
+                    height=picture.height,
+                )
+                for number, (picture, sha256, size_bytes) in enumerate(self.stored)
             )
-            for number, (picture, sha256, size_bytes) in enumerate(self.stored)
-        )
 
 
 def compute_together(works: Sequence[GenerateWork]) -> list[Exception | None]:
@@ -74,7 +76,7 @@ def compute_together(works: Sequence[GenerateWork]) -> list[Exception | None]:
         base_fingerprint=base_model.fingerprint,
         base_files=base_model.files,
         base_name=base_model.name,
-        fetch=works[0].hold.watched(node_cache().get),
+        fetch=works[0].hold.watched(node_cache().checking(works[0].hold.check).get),
         memory_rung=max(work.hold.job.memory_rung for work in works),
     )
     errors: list[Exception | None] = []

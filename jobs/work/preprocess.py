@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from core.config import PreprocessConfig
+from core.failpoints import side_effect
 from core.preprocess import PreprocessResult, SourceImage
 from jobs.artifacts import artifact_put, artifacts_pin
 from jobs.errors import LeaseLost
@@ -25,7 +26,7 @@ class PreprocessWork:
         """Fetch the originals, prepare them into the scratch folder."""
         self.images_folder = scratch_open(self.hold) / "images"
         images = self.version.dataset.images.order_by("created_at", "id")
-        fetch = self.hold.watched(node_cache().get)
+        fetch = self.hold.watched(node_cache().checking(self.hold.check).get)
         sources = [
             SourceImage(
                 name=image.name,
@@ -53,11 +54,12 @@ class PreprocessWork:
         """Freeze the version."""
         manifest = self.result.manifest
         artifacts_pin(image.sha256 for image in manifest.images)
-        frozen = DatasetVersion.objects.filter(pk=self.version.pk, manifest_hash="").update(
-            manifest=manifest.to_json(),
-            manifest_hash=manifest.content_hash(),
-            image_count=len(manifest.images),
-            rejected=[asdict(rejected) for rejected in self.result.rejected],
-        )
+        with side_effect("dataset_version.freeze"):
+            frozen = DatasetVersion.objects.filter(pk=self.version.pk, manifest_hash="").update(
+                manifest=manifest.to_json(),
+                manifest_hash=manifest.content_hash(),
+                image_count=len(manifest.images),
+                rejected=[asdict(rejected) for rejected in self.result.rejected],
+            )
         if not frozen:
             raise LeaseLost(f"dataset version {self.version.pk} is frozen already")

@@ -38,7 +38,7 @@ class TrainWork:
     def compute(self) -> None:
         """Put the last checkpoint in place, train, and have each new checkpoint stored meanwhile."""
         self.folder = scratch_open(self.hold)
-        fetch = self.hold.watched(node_cache().get)
+        fetch = self.hold.watched(node_cache().checking(self.hold.check).get)
         for name, sha256 in (self.hold.job.checkpoint or {}).items():
             fetch(sha256)
             node_cache().copy_to(sha256, self.folder / name)
@@ -70,7 +70,6 @@ class TrainWork:
         The training goes on at once, and drops old step folders while these files may still wait.
         """
         aside = self.folder / "outbox" / f"{step:06d}"
-        shutil.rmtree(aside, ignore_errors=True)
         kept = [path for path in checkpoint.rglob("*") if path.is_file()]
         kept += [path for path in (self.folder / "samples").rglob("*.png") if path.is_file()]
         files = {path.relative_to(self.folder).as_posix(): path for path in sorted(kept)}
@@ -83,7 +82,8 @@ class TrainWork:
             with side_effect("checkpoint.commit"), transaction.atomic():
                 artifacts_pin(stored.values())
                 checkpoint_record(job_id=self.hold.job.pk, token=self.hold.token, step=step, files=stored)
-            shutil.rmtree(aside, ignore_errors=True)
+            with side_effect("checkpoint.clear_aside"):
+                shutil.rmtree(aside, ignore_errors=True)
 
         self._newest = current().uploader.add(Upload(self.hold, attempt, is_result=False))
 
@@ -109,29 +109,31 @@ class TrainWork:
         samples = [sample["sha256"] for sample in self.samples]
         artifacts_pin([self.kohya_sha256, *self.peft_files.values(), *samples])
         run = self.training_run
-        lora, _ = Lora.objects.get_or_create(
-            owner=run.owner,
-            name=run.lora_name,
-            defaults={
-                "base_model": run.base_model,
-                "trigger_word": (run.dataset_version.manifest or {})["config"]["trigger_word"],
-            },
-        )
+        with side_effect("lora.get_or_create"):
+            lora, _ = Lora.objects.get_or_create(
+                owner=run.owner,
+                name=run.lora_name,
+                defaults={
+                    "base_model": run.base_model,
+                    "trigger_word": (run.dataset_version.manifest or {})["config"]["trigger_word"],
+                },
+            )
         # The row lock makes the next number ours; SQLite writes one transaction at a time anyway.
         Lora.objects.select_for_update().get(pk=lora.pk)
         newest = lora.versions.aggregate(Max("number"))["number__max"] or 0
-        LoraVersion.objects.create(
-            owner=run.owner,
-            lora=lora,
-            number=newest + 1,
-            training_run=run,
-            kohya_sha256=self.kohya_sha256,
-            kohya_size_bytes=self.kohya_size_bytes,
-            model_hash=self.result.facts["sshs_model_hash"],
-            peft_files=self.peft_files,
-            facts=self.result.facts,
-        )
-        TrainingRun.objects.filter(pk=run.pk).update(losses=self.result.losses, samples=self.samples)
+        with side_effect("lora_version.record"):
+            LoraVersion.objects.create(
+                owner=run.owner,
+                lora=lora,
+                number=newest + 1,
+                training_run=run,
+                kohya_sha256=self.kohya_sha256,
+                kohya_size_bytes=self.kohya_size_bytes,
+                model_hash=self.result.facts["sshs_model_hash"],
+                peft_files=self.peft_files,
+                facts=self.result.facts,
+            )
+            TrainingRun.objects.filter(pk=run.pk).update(losses=self.result.losses, samples=self.samples)
 
 
 def _link(source: Path, target: Path) -> None:
