@@ -13,7 +13,7 @@ from django.db.models.functions import Coalesce
 from core.failpoints import side_effect
 from jobs.lifecycle import Claim, job_take
 from jobs.models import Job, WorkerProcess
-from jobs.queue import CANDIDATES_PER_OWNER, free_workers, owners_of, running_now, waiting_candidates
+from jobs.queue import free_workers, owners_of, running_now, waiting_candidates
 from jobs.recovery import expired_leases_requeue
 from jobs.scheduling import Candidate, Scheduler
 from jobs.status import INTERACTIVE, QUEUES, JobKind, JobState
@@ -51,11 +51,11 @@ def _claim(kinds: Sequence[str], worker: WorkerProcess, at_most: int) -> list[Cl
     """Lost leases go back to the queue first: the next claim finds them, and not only the dispatcher's sweep."""
     swept = False
     for _ in range(LOOKS):
-        now, candidates, expired = waiting_candidates(kinds)
+        now, candidates, expired = waiting_candidates(kinds, warm_bases=worker.warm_bases)
         if not swept and (expired or now is None):
             swept = True
             if expired_leases_requeue(kinds=kinds):
-                now, candidates, _ = waiting_candidates(kinds)
+                now, candidates, _ = waiting_candidates(kinds, warm_bases=worker.warm_bases)
         if now is None:
             return []
         candidates = _startable(candidates, now, worker)
@@ -114,8 +114,7 @@ def _startable(candidates: list[Candidate], now: datetime, worker: WorkerProcess
 def _with_companions(scheduler: Scheduler, first: Candidate, at_most: int) -> list[Candidate]:
     if at_most == 1 or not first.batch_key or first.kind != JobKind.GENERATE:
         return [first]
-    per_owner = max(at_most, CANDIDATES_PER_OWNER)
-    same = waiting_candidates([first.kind], batch_key=first.batch_key, per_owner=per_owner).candidates
+    same = waiting_candidates([first.kind], batch_key=first.batch_key, per_owner=at_most).candidates
     # With its number of pictures. When it is not there any more, taking it fails as well.
     first = next((job for job in same if job.job_id == first.job_id), first)
     return scheduler.batch(first, same, at_most=at_most)

@@ -1,22 +1,27 @@
 """Reads of the waiting line: what a claim may choose from, who used how much, who runs what, how much waits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from django.db.models import Case, Count, Exists, F, Q, Value, When, Window
 from django.db.models.functions import Now, RowNumber
 
+from jobs.database_clock import after
 from jobs.models import Job, JobAttempt, User, WorkerProcess
-from jobs.scheduling import Candidate, Owner, Running
+from jobs.scheduling import AFFINITY_SECONDS, Candidate, Owner, Running
 from jobs.status import QUEUES, JobKind, JobState, WorkerState
 from jobs.usage import decayed
 from jobs.workers import live_workers
 
-CANDIDATES_PER_OWNER = 8
-"""The best few of each person: a thousand jobs of one hide nobody else's."""
+CANDIDATES_PER_OWNER = 2
+"""A thousand jobs of one person hide nobody else's. The second is for when another worker takes the first."""
 OWNERS_PER_CLAIM = 200
+COLUMNS = (
+    *("id", "owner_id", "kind", "kept", "priority", "created_at", "queued_at", "base_model__fingerprint"),
+    *("batch_key", "estimated_seconds", "pictures", "now", "expired"),
+)
 
 
 class Waiting(NamedTuple):
@@ -29,43 +34,60 @@ class Waiting(NamedTuple):
     """Some lease of these kinds has run out; unknown (False) when nothing waits."""
 
 
-def waiting_candidates(kinds: Sequence[str], *, batch_key: str = "", per_owner: int = CANDIDATES_PER_OWNER) -> Waiting:
-    """The best few claimable jobs of each person by priority and age, lost work first; one query.
+def waiting_candidates(
+    kinds: Sequence[str],
+    *,
+    warm_bases: Collection[str] = (),
+    batch_key: str = "",
+    per_owner: int = CANDIDATES_PER_OWNER,
+) -> Waiting:
+    """The best claimable jobs of each person, in the order in which the rules would take them; one query.
 
     Args:
+        warm_bases: Fingerprints that are loaded where the jobs would run.
         batch_key: Only jobs of this key, and how many pictures each asks for.
+        per_owner: Jobs of each person at most, >= 1.
     """
     # Who made room begins to wait in the very statement that says so: that is no loss.
     lost = Q(attempts_count__gt=0) & (Q(yielded_at__isnull=True) | ~Q(yielded_at=F("queued_at")))
     first_lost = Case(When(lost, then=Value(0)), default=Value(1))
-    place = Window(RowNumber(), partition_by="owner_id", order_by=[first_lost, F("priority").desc(), "created_at"])
+    order: list[Any] = [first_lost, F("priority").desc()]
+    if warm_bases:
+        old = Q(queued_at__lt=after(-AFFINITY_SECONDS))
+        warm = old | Q(base_model__isnull=True) | Q(base_model__fingerprint__in=["", *warm_bases])
+        order.append(Case(When(warm, then=Value(0)), default=Value(1)))
+    place = Window(RowNumber(), partition_by="owner_id", order_by=[*order, "created_at", "id"])
     rows = Job.objects.claimable().filter(kind__in=kinds)
-    columns = ["id", "owner_id", "kind", "priority", "created_at", "queued_at", "batch_key", "estimated_seconds"]
-    columns += ["attempts_count", "yielded_at", "base_model__fingerprint", "now", "expired"]
     if batch_key:
-        rows, columns = rows.filter(batch_key=batch_key), [*columns, "spec__count"]
-    expired = Exists(Job.objects.lease_expired().filter(kind__in=kinds))
-    best = rows.annotate(place=place, now=Now(), expired=expired).filter(place__lte=per_owner).order_by("place")
-    found = list(best.values(*columns)[: OWNERS_PER_CLAIM * per_owner])
+        rows = rows.filter(batch_key=batch_key)
+    best = rows.annotate(
+        place=place,
+        kept=first_lost,
+        now=Now(),
+        expired=Exists(Job.objects.lease_expired().filter(kind__in=kinds)),
+        pictures=F("spec__count") if batch_key else Value(1),
+    ).filter(place__lte=per_owner)
+    found = list(best.order_by("place").values_list(*COLUMNS)[: OWNERS_PER_CLAIM * per_owner])
     if not found:
         return Waiting(None, [], False)
     candidates = [
         Candidate(
-            job_id=row["id"],
-            owner_id=row["owner_id"],
-            kind=row["kind"],
-            was_lost=row["attempts_count"] > 0 and row["yielded_at"] != row["queued_at"],
-            priority=row["priority"],
-            created_at=row["created_at"],
-            queued_at=row["queued_at"],
-            base_fingerprint=row["base_model__fingerprint"] or "",
-            batch_key=row["batch_key"],
-            estimated_seconds=row["estimated_seconds"],
-            pictures=row.get("spec__count") or 1,
+            job_id=job_id,
+            owner_id=owner_id,
+            kind=kind,
+            was_lost=kept == 0,
+            priority=priority,
+            created_at=created_at,
+            queued_at=queued_at,
+            base_fingerprint=base or "",
+            batch_key=key,
+            estimated_seconds=seconds,
+            pictures=pictures or 1,
         )
-        for row in found
+        for job_id, owner_id, kind, kept, priority, created_at, queued_at, base, key, seconds, pictures, *_ in found
     ]
-    return Waiting(found[0]["now"], candidates, bool(found[0]["expired"]))
+    now, expired = found[0][-2:]
+    return Waiting(now, candidates, bool(expired))
 
 
 def owners_of(owner_ids: Iterable[UUID], now: datetime) -> dict[UUID, Owner]:

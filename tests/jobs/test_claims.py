@@ -21,6 +21,7 @@ from jobs.scheduling import TRAINING_PATIENCE_SECONDS
 from jobs.status import JobKind, JobState
 from jobs.submission import job_submit
 from jobs.workers import worker_ready, worker_register
+from tests.factories import make_base_model
 from tests.jobs.conftest import MakeJob, expire_lease
 from tests.services import postgres
 
@@ -83,6 +84,20 @@ def test_what_runs_now_counts_before_it_has_ended(make_job: MakeJob, person: Use
     assert first is not None
     first.attempts.update(started_at=timezone.now() - timedelta(seconds=100))
     assert claim(worker) == other
+
+
+def test_a_warm_base_is_found_behind_many_cold_ones(
+    make_job: MakeJob, worker: WorkerProcess, settings: Settings
+) -> None:
+    warm, cold = make_base_model(), make_base_model()
+    older = [make_job(base_model=cold) for _ in range(12)]
+    newest = make_job(base_model=warm)
+    worker_ready(worker=worker, warm_bases=[warm.fingerprint])
+    assert claim(worker) == newest
+    last = make_job(base_model=warm)
+    Job.objects.filter(pk__in=[job.pk for job in older]).update(queued_at=timezone.now() - timedelta(minutes=1))
+    assert claim(worker) in older
+    assert Job.objects.get(pk=last.pk).state == JobState.QUEUED
 
 
 def test_lost_work_goes_first(make_job: MakeJob, worker: WorkerProcess) -> None:
