@@ -7,6 +7,7 @@ from pathlib import Path
 
 from django.conf import settings
 
+from core.failpoints import side_effect
 from jobs.heartbeat import Hold
 from jobs.models import Job
 
@@ -20,17 +21,19 @@ def _root() -> Path:
 def scratch_open(hold: Hold) -> Path:
     """An empty folder for this attempt."""
     folder = _root() / str(hold.job.pk) / str(hold.token)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with side_effect("scratch.open"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     return folder
 
 
 def scratch_remove(hold: Hold) -> None:
     """Remove this attempt's folder, whatever became of it: what counts is in the artifact store."""
     folder = _root() / str(hold.job.pk) / str(hold.token)
-    shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):  # Another attempt's folder is in there, or it is gone.
-        folder.parent.rmdir()
+    with side_effect("scratch.remove"):
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # Another attempt's folder is in there, or it is gone.
+            folder.parent.rmdir()
 
 
 def scratch_sweep() -> int:
@@ -42,10 +45,11 @@ def scratch_sweep() -> int:
     for folder in _root().glob("*/*"):
         job_id, token = folder.parent.name, folder.name
         if token.isdigit() and not Job.objects.leased().filter(pk=job_id, token=int(token)).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            with side_effect("scratch.sweep"):
+                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):
+                    folder.parent.rmdir()
             removed += 1
-            with suppress(OSError):
-                folder.parent.rmdir()
     if removed:
         logger.info("scratch swept folders=%d", removed)
     return removed

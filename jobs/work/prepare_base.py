@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from core.failpoints import side_effect
 from jobs.artifacts import artifact_put, artifacts_pin
 from jobs.heartbeat import DOWNLOAD_SECONDS, Hold
 from jobs.models import BaseModel
@@ -39,6 +40,7 @@ class PrepareBaseWork:
     def record(self) -> None:
         """From now on jobs may use this base."""
         artifacts_pin(self.stored.values())
-        BaseModel.objects.filter(pk=self.base_model.pk).update(
-            fingerprint=self.prepared.fingerprint, facts=self.prepared.facts.dump(), files=self.stored
-        )
+        with side_effect("base.record"):
+            BaseModel.objects.filter(pk=self.base_model.pk).update(
+                fingerprint=self.prepared.fingerprint, facts=self.prepared.facts.dump(), files=self.stored
+            )

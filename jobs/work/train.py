@@ -25,6 +25,8 @@ from jobs.worker_context import current
 SHUTDOWN_WAIT_SECONDS = 30.0
 PREEMPT_WAIT_SECONDS = 10.0
 """For the last checkpoint to reach the store; without it the next try goes on from the one before."""
+KEPT_ASIDE = 2
+"""The newest checkpoint, and the one that may be on its way into the store."""
 
 
 class TrainWork:
@@ -86,6 +88,9 @@ class TrainWork:
                 shutil.rmtree(aside, ignore_errors=True)
 
         self._newest = current().uploader.add(Upload(self.hold, attempt, is_result=False))
+        for superseded in sorted(aside.parent.iterdir())[:-KEPT_ASIDE]:
+            with side_effect("checkpoint.drop_superseded"):
+                shutil.rmtree(superseded, ignore_errors=True)
 
     def files(self) -> list[Path]:
         """LoRA files and samples."""
