@@ -75,6 +75,7 @@ class Dispatcher:
         self._garbage_due = time.monotonic() + SWEEP_EVERY_SECONDS / 10
         self._garbage: threading.Thread | None = None
         self._children: dict[str, int] = {}
+        self._waiting: dict[str, int] = {}
 
     def run(self, stop: threading.Event) -> None:
         """Tick until told to stop. A database that does not answer is waited for."""
@@ -113,9 +114,11 @@ class Dispatcher:
             self._children, self._children_due = _children_by_queue(), now + CHILDREN_SECONDS
         if announced and "" not in announced and now < self._count_due:
             # Without asking the database: that would double the time from the commit to the doorbell.
-            self._doorbells.top_up(doorbells_wanted(announced, self._children))
+            wanted = doorbells_wanted(Counter(self._waiting) + Counter(announced), self._children)
+            self._doorbells.top_up({kind: count for kind, count in wanted.items() if kind in announced})
         else:
-            self._doorbells.top_up(doorbells_wanted(waiting_by_kind(), self._children))
+            self._waiting = waiting_by_kind()
+            self._doorbells.top_up(doorbells_wanted(self._waiting, self._children))
             self._count_due = time.monotonic() + settings.LORASITE["DISPATCH_SECONDS"]
         if now >= self._sweep_due and self._may_act():
             self._sweep()

@@ -3,18 +3,24 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 from celery import Celery
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 from kombu import Queue
 
 from jobs import claims
 from jobs.dispatch import Dispatcher, leader_age_seconds
 from jobs.doorbells import Doorbells
-from jobs.models import Job, LeaderLease, WorkerProcess
+from jobs.models import Job, LeaderLease, User, WorkerProcess
 from jobs.status import JobKind, JobState
 from jobs.workers import worker_register
 from tests.jobs.conftest import MakeJob, expire_lease
@@ -162,3 +168,84 @@ def test_the_age_of_the_last_beat_is_known(dispatcher: Dispatcher, db: None) -> 
     dispatcher.tick()
     age = leader_age_seconds()
     assert age is not None and 0 <= age < 5
+
+
+def test_two_thousand_waiting_jobs_do_not_flood_the_broker(
+    dispatcher: Dispatcher, broker: redis.Redis, person: User
+) -> None:
+    for _ in range(3):
+        worker_register(queues=["gpu"], device="cpu")
+    Job.objects.bulk_create(
+        Job(owner=person, kind=kind, spec={}, spec_hash="") for kind in (JobKind.GENERATE, JobKind.TRAIN) * 1000
+    )
+    for _ in range(5):
+        dispatcher.tick()
+        dispatcher.tick({"generate": 500})
+    assert len(lying(broker, "gpu")) == 6
+
+
+def test_what_was_announced_is_rung_before_anything_is_counted(
+    dispatcher: Dispatcher, broker: redis.Redis, make_job: MakeJob, settings: Any
+) -> None:
+    settings.LORASITE = settings.LORASITE | {"DISPATCH_SECONDS": 60.0}
+    worker_register(queues=["gpu"], device="cpu")
+    dispatcher.tick()
+    make_job()
+    with CaptureQueriesContext(connection) as queries:
+        dispatcher.tick({"generate": 1})
+    assert lying(broker, "gpu") == ["jobs.tasks.generate"]
+    assert not [query for query in queries if 'FROM "jobs_job"' in query["sql"] and "COUNT" in query["sql"]]
+
+
+def test_a_leader_that_was_paused_for_longer_than_its_lease_does_not_act(
+    dispatcher: Dispatcher, broker: redis.Redis, broker_url: str, make_job: MakeJob
+) -> None:
+    dispatcher.tick()
+    LeaderLease.objects.update(lease_until=timezone.now() - timedelta(seconds=1))
+    second = Dispatcher(Doorbells(app_for(broker_url)))
+    second.tick()
+    worker_register(queues=["gpu"], device="cpu")
+    make_job()
+    # It sleeps until after its lease; its next beat would not be due for long.
+    dispatcher._lead_ends, dispatcher._beat_due = time.monotonic() - 0.001, time.monotonic() + 60
+    dispatcher._children_due = 0.0
+    dispatcher.tick({"generate": 1})
+    assert lying(broker, "gpu") == []
+    assert LeaderLease.objects.get().holder == second.holder
+
+
+def test_a_broken_rule_keeps_neither_doorbells_nor_the_other_rules_from_their_work(
+    dispatcher: Dispatcher,
+    broker: redis.Redis,
+    make_job: MakeJob,
+    worker: WorkerProcess,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken() -> int:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("jobs.dispatch.dead_workers_close", broken)
+    lost = make_job()
+    assert claims.take(lost.pk, worker) is not None
+    expire_lease(lost)
+    dispatcher.tick()
+    assert Job.objects.get(pk=lost.pk).state == JobState.QUEUED
+
+
+def test_who_leads_is_shown(dispatcher: Dispatcher, db: None, client: Any) -> None:
+    dispatcher.tick()
+    found = client.get("/readyz").json()["dispatcher"]
+    assert found["leader"] == dispatcher.holder
+    assert 0 <= found["heard_seconds_ago"] < 30
+
+
+def test_a_leader_that_is_gone_without_a_word_is_followed_within_seconds(
+    dispatcher: Dispatcher, broker_url: str, db: None
+) -> None:
+    dispatcher.tick()
+    second = Dispatcher(Doorbells(app_for(broker_url)))
+    end = time.monotonic() + 15  # the lease is 4 s, and machines that test are busy
+    while LeaderLease.objects.get().holder != second.holder and time.monotonic() < end:
+        second.tick()
+        time.sleep(0.1)
+    assert LeaderLease.objects.get().holder == second.holder

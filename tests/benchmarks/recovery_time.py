@@ -1,0 +1,77 @@
+"""From kill -9 of a worker process that holds a job to the body of the next try elsewhere, with production's settings.
+
+    python -m tests.benchmarks.recovery_time [--kills N]
+
+Real PostgreSQL, Valkey, dispatcher and two prefork workers; generations and trainings take turns. The last line is
+one JSON object.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks._light_site import LightSite, light_site
+
+GOAL_SECONDS = {"generate": 15.0, "train": 40.0}
+HOLD_SECONDS = 600.0
+
+
+def main() -> None:
+    """Kill, wait, print."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--kills", type=int, default=20, help="of each kind")
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder, light_site(Path(folder), database="postgres") as site:
+        checks = measure(site, given.kills, given.seed)
+    correct = all(check["goal"] is None or check["value"] <= check["goal"] for check in checks)
+    body = {"name": "recovery_time", "correct": correct, "max_diff": 0.0, "checks": checks}
+    sys.stdout.write(json.dumps(body) + "\n")
+
+
+def measure(site: LightSite, kills: int, seed: int) -> list[dict[str, Any]]:
+    """Seconds until the second try's body, per kind."""
+    from jobs.models import User
+    from jobs.status import JobKind
+    from jobs.submission import job_submit
+    from lorasite.celery import app
+
+    app.set_current()
+    owner = User.objects.create_user("benchmark")
+    for name in ("worker0", "worker1"):
+        site.start_worker(name, 1)
+    site.start_dispatcher()
+    pause = random.Random(seed)
+    seconds: dict[str, list[float]] = {JobKind.GENERATE.value: [], JobKind.TRAIN.value: []}
+    for _ in range(kills):
+        for kind, found in seconds.items():
+            job = job_submit(owner=owner, kind=JobKind(kind), spec={"hold": HOLD_SECONDS}, attach=lambda job: None)
+            first = site.wait_for("job", job.pk)[0]
+            time.sleep(pause.uniform(0.2, 2.5))  # somewhere between two heartbeats
+            os.kill(first.pid, signal.SIGKILL)
+            killed_ns = time.monotonic_ns()
+            second = site.wait_for("job", job.pk, tries=2)[1]
+            if second.token <= first.token or second.pid == first.pid:
+                raise AssertionError(f"job {job.pk} went on without a new token: {first} {second}")
+            found.append((second.claimed_ns - killed_ns) / 1e9)
+    checks: list[dict[str, Any]] = []
+    for kind, found in seconds.items():
+        found.sort()
+        # Of fewer than a hundred values, the largest is the 99th percentile.
+        p99 = found[-1] if len(found) < 100 else statistics.quantiles(found, n=100)[-1]
+        for what, value, goal in (("p50", statistics.median(found), None), ("p99", p99, GOAL_SECONDS[kind])):
+            text = f"{kind}: kill -9 to the next try's body {what}, seconds"
+            checks.append({"what": text, "value": round(value, 2), "goal": goal, "better": "lower"})
+    return checks
+
+
+if __name__ == "__main__":
+    main()
