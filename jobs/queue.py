@@ -10,9 +10,8 @@ from django.db.models.functions import Now, RowNumber
 
 from jobs.database_clock import after
 from jobs.models import Job, JobAttempt, User, WorkerProcess
-from jobs.scheduling import AFFINITY_SECONDS, Candidate, Owner, Running
+from jobs.scheduling import AFFINITY_SECONDS, Candidate, Owner, Running, decayed
 from jobs.status import QUEUES, JobKind, JobState, WorkerState
-from jobs.usage import decayed
 from jobs.workers import live_workers
 
 CANDIDATES_PER_OWNER = 2

@@ -8,6 +8,8 @@ from uuid import UUID
 
 from jobs.status import INTERACTIVE, JobKind
 
+HALF_LIFE_SECONDS = 4 * 3600.0
+"""Work of this long ago counts half."""
 TURN_SECONDS = 10.0
 """Owners whose use differs by less count as served equally, so that a warm base and age decide between them."""
 AFFINITY_SECONDS = 30.0
@@ -72,6 +74,11 @@ class Owner:
     used_seconds: float = 0.0
     served_at: datetime | None = None
     weight: float = 1.0
+
+
+def decayed(worker_seconds: float, as_of: datetime, now: datetime) -> float:
+    """Usage as it counts at `now`, in worker seconds."""
+    return float(worker_seconds * 0.5 ** (max(0.0, (now - as_of).total_seconds()) / HALF_LIFE_SECONDS))
 
 
 class Scheduler:

@@ -1,20 +1,12 @@
-"""How much each person used of the workers lately, decayed, and the lock that makes caps per person exact."""
+"""How much each person used of the workers lately, and the lock that makes caps per person exact."""
 
-from datetime import datetime
 from uuid import UUID
 
 from django.db.models.functions import Now
 
 from core.failpoints import side_effect
 from jobs.models import OwnerUsage
-
-HALF_LIFE_SECONDS = 4 * 3600.0
-"""Work of this long ago counts half."""
-
-
-def decayed(worker_seconds: float, as_of: datetime, now: datetime) -> float:
-    """Usage as it counts at `now`, in worker seconds."""
-    return float(worker_seconds * 0.5 ** (max(0.0, (now - as_of).total_seconds()) / HALF_LIFE_SECONDS))
+from jobs.scheduling import decayed
 
 
 def usage_lock(owner_id: UUID) -> OwnerUsage:

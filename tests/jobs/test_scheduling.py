@@ -210,7 +210,7 @@ used_strategy = st.dictionaries(st.integers(1, 4), st.floats(0, 1e5, allow_nan=F
 warm = {"warm_bases": frozenset({"warm"})}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(jobs_strategy, used_strategy, st.randoms(use_true_random=False))
 def test_the_order_holds_every_job_once_however_the_candidates_came(
     jobs: list[Candidate], used: dict[int, float], random: Any
@@ -222,7 +222,7 @@ def test_the_order_holds_every_job_once_however_the_candidates_came(
     assert order(*shuffled, used=used, **warm) == reference
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(jobs_strategy, st.integers(1, 8), st.integers(1, 4))
 def test_a_batch_never_breaks_a_limit(jobs: list[Candidate], at_most: int, limit: int) -> None:
     one = scheduler(limits={JobKind.GENERATE: limit})
@@ -235,8 +235,8 @@ def test_a_batch_never_breaks_a_limit(jobs: list[Candidate], at_most: int, limit
         assert all(sum(job.owner_id == owner.owner_id for job in chosen) <= limit for owner in chosen)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.floats(0, 1e6, allow_nan=False), st.floats(1, 60, allow_nan=False))
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3), st.floats(0, 1e6, allow_nan=False), st.floats(15, 60, allow_nan=False))
 def test_every_job_is_chosen_in_bounded_time_though_newcomers_never_end(
     newcomers: int, used: float, job_seconds: float
 ) -> None:
