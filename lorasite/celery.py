@@ -6,7 +6,9 @@ are off.
 
 import gc
 import importlib
+import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,11 @@ from celery import Celery, signals
 from kombu import Exchange, Queue
 
 from lorasite.environment import Environment
+
+logger = logging.getLogger(__name__)
+
+START_AGAIN_SECONDS = 1.0
+EXIT_NOT_STARTED = 71
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "lorasite.settings.base")
 _ENVIRONMENT = Environment()
@@ -100,10 +107,23 @@ def _going_down(**_: Any) -> None:
 
 @signals.worker_process_init.connect
 def _child_starts(**_: Any) -> None:
-    """Child: die with the parent, take the device, load the keep-warm bases, say READY, beat."""
+    """Child: die with the parent, then come up; one that cannot (no database, no space) leaves it to its successor."""
+    from core.die_with_parent import die_with_parent
+
+    die_with_parent()
+    try:
+        _come_up()
+    except Exception:
+        # Celery would only log it, and feed doorbells for ever to a child that can claim nothing.
+        logger.exception("worker process could not start, another one tries in %g s", START_AGAIN_SECONDS)
+        time.sleep(START_AGAIN_SECONDS)
+        os._exit(EXIT_NOT_STARTED)
+
+
+def _come_up() -> None:
+    """Child: take the device, load the keep-warm bases, say READY, beat."""
     from django.conf import settings
 
-    from core.die_with_parent import die_with_parent
     from jobs import worker_context
     from jobs.heartbeat import Heartbeat
     from jobs.life_locks import dead_workers_close, life_lock_take
@@ -114,7 +134,6 @@ def _child_starts(**_: Any) -> None:
     from jobs.watchdog import Watchdog
     from jobs.workers import worker_ready, worker_register
 
-    die_with_parent()
     serves_gpu = "gpu" in _selected_queues
     device = _device_of_this_child() if serves_gpu else "cpu"
     scratch_sweep()
