@@ -71,6 +71,15 @@ class LightSite:
         logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in self.folder.glob("*.log"))
         raise AssertionError(f"{what} {key} did not begin {tries} times in {seconds:g} s\n{logs}")
 
+    def wait_until_idle(self) -> None:
+        """Wait until every drain that began has ended."""
+
+        def is_idle() -> bool:
+            words = [line.split()[0] for line in self.journal.read_text(encoding="utf-8").splitlines()]
+            return words.count("begin") == words.count("end")
+
+        wait_until(is_idle, "the worker is idle")
+
     def _run(self, name: str, command: list[str]) -> Any:
         log = self.folder / f"{name}.log"
         return self._exits.enter_context(running(command, log, env=self.environment))

@@ -8,10 +8,12 @@ import time
 
 from celery import shared_task
 
+from core.errors import Interrupted
 from core.progress import Progress
 from jobs import lifecycle
 from jobs.claims import jobs_claim
 from jobs.doorbells import task_name
+from jobs.endings import job_end
 from jobs.status import JobKind
 from jobs.worker_context import current
 
@@ -36,15 +38,28 @@ def raw(key: str) -> None:
 def work(kind: JobKind) -> None:
     """Claim as a drain does; a job of `{"hold": seconds}` is worked on for so long, under the real heartbeat."""
     taken_at = time.monotonic_ns()
+    note("begin", "drain")
+    try:
+        _claim_and_hold(kind, taken_at)
+    finally:
+        note("end", "drain")
+
+
+def _claim_and_hold(kind: JobKind, taken_at: int) -> None:
     context = current()
     while claims := jobs_claim(kind=kind, worker=context.worker):
         for claim in claims:
             note("job", claim.job.pk, taken_at, time.monotonic_ns(), claim.token)
             hold = context.heartbeat.take(claim)
             end = time.monotonic() + float(claim.job.spec.get("hold", 0))
-            while time.monotonic() < end and claim.token == 1:  # the second try is done at once
-                hold.report(Progress("holding", 1, 2))
-                time.sleep(0.05)
+            try:
+                while time.monotonic() < end and claim.token == 1:  # the second try is done at once
+                    hold.report(Progress("holding", 1, 2))
+                    time.sleep(0.05)
+            except Interrupted as wish:
+                job_end(hold, wish)
+                context.heartbeat.let_go(hold)
+                return
             context.heartbeat.let_go(hold)
             lifecycle.job_uploading(job_id=claim.job.pk, token=claim.token)
             lifecycle.job_succeed(job_id=claim.job.pk, token=claim.token)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.benchmarks._light_site import LightSite, light_site
 
-WARM_UP_ROUNDS = 10
+WARM_UP_ROUNDS = 5
 GOAL_TIMES_RAW = 2.0
 GOAL_SQLITE_MS = 50.0
 
@@ -59,12 +59,14 @@ def measure(site: LightSite, database: str, rounds: int, seed: int) -> list[dict
     pause = random.Random(seed)
     raw_ms, ours_ms, until_taken_ms, claim_ms = [], [], [], []
     for number in range(rounds + WARM_UP_ROUNDS):
-        # Away from any rhythm of the loops that are measured.
-        time.sleep(pause.uniform(0.05, 0.35))
+        # Idle, as nobody else's work is to be measured, and away from any rhythm of the loops that are.
+        site.wait_until_idle()
+        time.sleep(pause.uniform(0.4, 0.8))
+        site.wait_until_idle()
         began = time.monotonic_ns()
         current_app.send_task("benchmark.raw", args=[str(number)], queue="gpu", ignore_result=True)
         raw = site.wait_for("raw", number)[0]
-        time.sleep(pause.uniform(0.05, 0.35))
+        time.sleep(pause.uniform(0.4, 0.8))
         job = job_submit(owner=owner, kind=JobKind.GENERATE, spec={}, attach=lambda job: None)
         committed = time.monotonic_ns()
         line = site.wait_for("job", job.pk)[0]
