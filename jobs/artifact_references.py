@@ -116,5 +116,5 @@ def _in_json(reference: Reference, wanted: set[str]) -> set[str]:
     rows = reference.model._default_manager.filter(reference.where).order_by("pk")
     found: set[str] = set()
     for value in rows.values_list(reference.column, flat=True).iterator(chunk_size=ROWS_AT_ONCE):
-        found.update(sha256 for sha256 in hashes_in(value) if sha256 in wanted)
+        found |= {sha256 for sha256 in hashes_in(value) if sha256 in wanted}
     return found

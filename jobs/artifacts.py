@@ -130,10 +130,12 @@ def blob_write(stream: BinaryIO | IO[bytes], sha256: str, size: int) -> None:
     if found == size and (size > SPOOL_BYTES or _has_hash(name, sha256)):
         return
     if found is None:
-        store.save(name, content)
+        with side_effect("artifact.store"):
+            store.save(name, content)
     else:
         logger.warning("artifact replaced name=%s stored_bytes=%d right_bytes=%d", name, found, size)
-        store.replace(name, content)
+        with side_effect("artifact.heal"):
+            store.replace(name, content)
     found = store.sizes([name]).get(name)
     if found not in (None, size):
         # Somebody's torn blob came between the question and our conditional write.

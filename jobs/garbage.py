@@ -97,7 +97,7 @@ def old_artifacts(limit: int, seen: set[str]) -> list[str]:
     """Hashes whose rows were not renewed for GARBAGE_AFTER_SECONDS, oldest first, but those in `seen`; adds to it."""
     oldest = _old().order_by("put_at").values_list("pk", flat=True)[:limit]
     found = [sha256 for sha256 in oldest if sha256 not in seen]
-    seen.update(found)
+    seen |= set(found)
     return found
 
 

@@ -16,6 +16,7 @@ from django.core.files.uploadedfile import UploadedFile
 from django.db import transaction
 
 from core.errors import ImageRejected
+from core.failpoints import side_effect
 from core.image_gate import encode_png, normalise, open_image
 from jobs.artifacts import artifact_put_stream, artifacts_pin, hash_stream
 from jobs.errors import NotFound
@@ -188,5 +189,6 @@ def _save_rows(dataset: Dataset, accepted: list[DatasetImage], result: UploadRes
             if image.sha256 in taken:
                 result.reject(image.name, FileRejected("duplicate", "the same picture is in this dataset already"))
             else:
-                image.save(force_insert=True)
+                with side_effect("upload.record"):
+                    image.save(force_insert=True)
                 result.images.append(image)
