@@ -24,14 +24,15 @@ def live_workers() -> QuerySet[WorkerProcess]:
 
 def worker_register(*, queues: Sequence[str], device: str) -> WorkerProcess:
     """A row for this process, in state STARTING."""
-    return WorkerProcess.objects.create(
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        queues=list(queues),
-        device=device,
-        heartbeat_at=Now(),
-        spec_version=SPEC_VERSION,
-    )
+    with side_effect("worker.register"):
+        return WorkerProcess.objects.create(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            queues=list(queues),
+            device=device,
+            heartbeat_at=Now(),
+            spec_version=SPEC_VERSION,
+        )
 
 
 def worker_ready(*, worker: WorkerProcess, warm_bases: Sequence[str]) -> None:
