@@ -6,6 +6,7 @@ import uuid
 from pathlib import Path
 
 from core.errors import BaseModelError
+from core.failpoints import side_effect
 from core.prepared_base import open_prepared
 from gpu_worker.settings import BaseRef, Fetch
 
@@ -25,12 +26,14 @@ def base_folder(ref: BaseRef, cache_folder: Path, fetch: Fetch) -> Path:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _link(fetch(sha256), target)
             try:
-                part.rename(folder)
+                with side_effect("base_folder.rename"):
+                    part.rename(folder)
             except OSError:
                 if not folder.is_dir():  # Otherwise another process finished the same folder first.
                     raise
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            with side_effect("base_folder.clean_up"):
+                shutil.rmtree(part, ignore_errors=True)
     prepared = open_prepared(folder)
     if prepared.fingerprint != ref.fingerprint:
         raise BaseModelError(
@@ -41,7 +44,8 @@ def base_folder(ref: BaseRef, cache_folder: Path, fetch: Fetch) -> Path:
 
 
 def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)  # Another file system.
+    with side_effect("base_folder.add_file"):
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)  # Another file system.

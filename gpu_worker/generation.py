@@ -1,6 +1,7 @@
 """Generation inside a worker: warm pipeline, cached LoRA files, then `core.generate`."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def run_generations(
     """
     first = orders[0].config
     for order in orders:
-        order.report(Progress(stage="loading the model", step=0, total=1))
+        with suppress(Interrupted):  # It says so again at the first step, where it can leave alone.
+            order.report(Progress(stage="loading the model", step=0, total=1))
     ref = BaseRef(name=base_name, fingerprint=base_fingerprint, files=base_files)
     base = runtime.current().pool.get(ref)
     loras = [(fetch(use.sha256), use.weight) for use in first.loras]

@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 JOBS_TOGETHER = 8
 """Requests that may share one forward."""
+SHARED_FATES = frozenset(
+    {Remedy.WAIT, Remedy.SAVE_MEMORY, Remedy.NEW_PROCESS, Remedy.FREE_DISK, Remedy.ABANDON, Remedy.RELEASE}
+)
+"""Faults of the machine or its surroundings, which meet all requests of a forward alike."""
 
 
 class JobWork(Protocol):
@@ -134,9 +138,9 @@ def _compute_works(works: Sequence[JobWork], together: Together | None) -> list[
                     stack.enter_context(work.hold.computing())
                 return together(works)
         except Exception as error:
-            if fault_of(error).remedy not in (Remedy.FAIL, Remedy.ONCE_MORE):
+            if fault_of(error).remedy in SHARED_FATES:
                 return [error] * len(works)
-            # It is the fault of one of them: nobody else may suffer from it.
+            # It may be the fault, or the wish, of one of them: nobody else may suffer from it.
             logger.exception("jobs could not be computed together count=%d", len(works))
     return [_compute_one(work) for work in works]
 

@@ -6,7 +6,7 @@ Runs on its own database connection. The work itself only touches `Hold`, which 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,14 +106,22 @@ class Hold:
         """The work does something; the next sign of life may take `patience_seconds`, or a step's time if longer."""
         self._alive_at, self._patience_seconds = time.monotonic(), patience_seconds
 
-    def watched(self, fetch: Callable[[str], Path]) -> Callable[[str], Path]:
-        """The same `fetch`, with patience for the download of one file and an ear for wishes between files."""
+    def watched(self, fetch: Callable[[str], Path], *, company: Sequence["Hold"] = ()) -> Callable[[str], Path]:
+        """The same `fetch`, with patience for the download of one file and an ear for wishes between files.
+
+        Args:
+            company: Holds that wait for the same files. In company nobody's wish stops the fetching: each is heard
+                at the next step.
+        """
 
         def fetching(sha256: str) -> Path:
-            self.check()
-            self.alive(patience_seconds=DOWNLOAD_SECONDS)
+            if not company:
+                self.check()
+            for hold in (self, *company):
+                hold.alive(patience_seconds=DOWNLOAD_SECONDS)
             path = fetch(sha256)
-            self.alive()
+            for hold in (self, *company):
+                hold.alive()
             return path
 
         return fetching

@@ -350,8 +350,9 @@ def test_one_of_a_batch_may_stop_and_the_others_succeed(make_job: MakeJob, conte
     assert party.sizes == [3]
 
 
+@pytest.mark.parametrize("error", [TrainingDiverged("bad request"), Cancelled("stop"), KeyError("bug")])
 def test_a_batch_that_fails_is_computed_one_by_one_so_that_nobody_suffers_from_another(
-    make_job: MakeJob, context: WorkerContext
+    make_job: MakeJob, context: WorkerContext, error: Exception
 ) -> None:
     class OneBad(Work):
         def compute(self) -> None:
@@ -361,7 +362,7 @@ def test_a_batch_that_fails_is_computed_one_by_one_so_that_nobody_suffers_from_a
     for _ in range(3):
         make_job()
     holds = [take(context) for _ in range(3)]
-    run(holds, OneBad, Party(raises=TrainingDiverged("bad request")))
+    run(holds, OneBad, Party(raises=error))
     assert states_of(context, holds) == [JobState.SUCCEEDED, JobState.FAILED, JobState.SUCCEEDED]
 
 
