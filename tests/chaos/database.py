@@ -79,6 +79,11 @@ class Database:
         now = "now()" if self.is_postgres else "STRFTIME('%Y-%m-%d %H:%M:%f', 'NOW')"
         return self.rows(HELD.format(now=now))
 
+    def was_lost(self, job: str, token: int) -> bool:
+        """Whether this try has ended as lost by now."""
+        query = "SELECT outcome FROM jobs_jobattempt WHERE job_id = %s AND token = %s"
+        return [row["outcome"] for row in self.rows(query, job, token)] == ["lost"]
+
     def unfinished(self) -> int:
         """Jobs that have not ended."""
         query = "SELECT COUNT(*) AS n FROM jobs_job WHERE state IN ('queued', 'running', 'uploading')"

@@ -153,6 +153,8 @@ class Monkey:
         self._kill(name, self.site.processes[name].pid, "worker", also=pids)
 
     def _kill(self, name: str, pid: int, what: str, also: list[int] | None = None) -> None:
+        dead = {pid, *(also or [])}
+        before = [row for row in self.database.held() if row["pid"] in dead]
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         if what == "worker":
@@ -160,9 +162,9 @@ class Monkey:
             for child in also or []:
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
                     psutil.Process(child).wait(timeout=0.5)
-        # Asked after the death: what the row says now is what the dead process held.
-        dead = {pid, *(also or [])}
+        # Asked after the death: what is still held, or was taken from it as lost, is what the dead process held.
         held = [row for row in self.database.held() if row["pid"] in dead]
+        held += [row for row in before if row not in held and self.database.was_lost(row["job"], row["token"])]
         holders = {row["pid"] for row in held}
         self.kills += len(holders)
         self.journal.write("kill", what=what, node=name, pids=sorted(dead), holders=sorted(holders), held=held)
