@@ -7,6 +7,7 @@ import os
 import time
 
 from celery import shared_task
+from django.db import transaction
 
 from core.errors import Interrupted
 from core.progress import Progress
@@ -62,7 +63,8 @@ def _claim_and_hold(kind: JobKind, taken_at: int) -> None:
                 return
             context.heartbeat.let_go(hold)
             lifecycle.job_uploading(job_id=claim.job.pk, token=claim.token)
-            lifecycle.job_succeed(job_id=claim.job.pk, token=claim.token)
+            with transaction.atomic():
+                lifecycle.job_succeed(job_id=claim.job.pk, token=claim.token)
         taken_at = time.monotonic_ns()
 
 
