@@ -71,6 +71,7 @@ class Fleet:
     Attributes:
         fair: The production rules; otherwise first come, first served.
         prefetch: LoRAs of the first waiting jobs are fetched while a worker works.
+        shared: The workers are of one node and share what all of them hold; otherwise each has its own.
         limit: Jobs of one person at once under the fair rules.
     """
 
@@ -81,6 +82,7 @@ class Fleet:
     swap: float = 0.005
     fair: bool = True
     prefetch: bool = True
+    shared: bool = False
     limit: int = 4
 
 
@@ -90,6 +92,9 @@ class Simulation:
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.workers = [Worker(fleet.slots) for _ in range(fleet.workers)]
+        if fleet.shared:
+            node = Worker(fleet.workers * fleet.slots)
+            self.workers = [Worker(node.slots, node.resident, node.fetching) for _ in range(fleet.workers)]
         self.now = 0.0
         self._line: dict[int, deque[tuple[int, Arrival]]] = defaultdict(deque)
         self._running: dict[int, Running] = {}
