@@ -28,7 +28,8 @@ from tests.chaos.forked_training import BASE_NAME, NAME, Ending, Stop, Training,
 from tests.core.training_parts import SQUARE, WIDE, make_dataset, quick_config
 from tests.tiny_models import make_tiny_pipeline
 
-pytestmark = pytest.mark.slow
+# Minutes where other work takes both cores; half a minute for the longest one where nothing does.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILLS, KILLS_IN_ONE_RUN, LONG_RUNS, SEED = 50, 5, 4, 20_240
