@@ -104,7 +104,8 @@ def fill(finished: int, queued: int) -> None:
         )
         cursor.execute(
             "INSERT INTO jobs_jobattempt"
-            " (job_id, token, worker_name, started_at, ended_at, outcome, reason, from_step, to_step) SELECT id, 1, 'past', started_at, finished_at, 'succeeded', '', 0, 0 FROM jobs_job WHERE token = 1"
+            " (job_id, token, worker_name, started_at, ended_at, outcome, reason, from_step, to_step)"
+            " SELECT id, 1, 'past', started_at, finished_at, 'succeeded', '', 0, 0 FROM jobs_job WHERE token = 1"
         )
 
 
@@ -241,7 +242,7 @@ def expected(worker: "WorkerProcess") -> Any:
             "owner_id", "kind", "attempts__started_at", "estimated_seconds"
         )
     ]
-    limits = {JobKind.GENERATE: settings.LORASITE["MAX_RUNNING_GENERATIONS_PER_PERSON"]}
+    limits: dict[str, int] = {JobKind.GENERATE: settings.LORASITE["MAX_RUNNING_GENERATIONS_PER_PERSON"]}
     scheduler = Scheduler(
         now=now, owners=owners, running=running, limits=limits, warm_bases=frozenset(worker.warm_bases)
     )

@@ -36,7 +36,7 @@ FIRST_COME = Fleet(fair=False, prefetch=False)
 def main() -> None:
     """Play all traces, print."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--jobs", type=int, default=3000)
+    options.add_argument("--jobs", type=int, default=6000)
     given = options.parse_args()
     checks: list[tuple[str, float, float, str]] = []
     seen: dict[str, Any] = {}
@@ -108,7 +108,8 @@ def trace(jobs: int, *, seed: int, drifting: bool) -> list[Arrival]:
     rate = LOAD * OURS.workers / OURS.service
     if drifting:
         rate -= BURST_JOBS / BURST_EVERY_S
-    now, burst, arrivals = 0.0, BURST_EVERY_S, []
+    now, burst = 0.0, BURST_EVERY_S
+    arrivals: list[Arrival] = []
     while len(arrivals) < jobs:
         now += chance.expovariate(rate)
         if drifting and now > burst:
@@ -134,14 +135,13 @@ def bytes_fetched(drifting: bool) -> tuple[float, float]:
     chance = random.Random(5)
     sizes = [int(MEDIAN_BYTES * chance.lognormvariate(0, SIGMA)) for _ in range(CACHED_LORAS)]
     capacity = int(CACHE_SHARE * sum(sizes))
-    lru, fifo = LruCache(capacity), S3FifoCache(capacity)
+    caches: tuple[LruCache, S3FifoCache] = (LruCache(capacity), S3FifoCache(capacity))
     fetched = [0, 0]
     for lora in itertools.islice(
         zipf(CACHED_LORAS, chance, drift_every=DRIFT_EVERY if drifting else 0), CACHE_REQUESTS
     ):
-        for side, cache in enumerate((lru, fifo)):
-            if not cache.request(lora, sizes[lora]):
-                fetched[side] += sizes[lora]
+        fetched[0] += 0 if caches[0].request(lora, sizes[lora]) else sizes[lora]
+        fetched[1] += 0 if caches[1].request(lora, sizes[lora]) else sizes[lora]
     return fetched[0] / CACHE_REQUESTS, fetched[1] / CACHE_REQUESTS
 
 
