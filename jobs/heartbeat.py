@@ -51,7 +51,7 @@ class Hold:
         self.yielding = False
         self._computes = False
         self._shutting_down = shutting_down
-        self._renewed_at = self._alive_at = time.monotonic()
+        self._renewed_at, self._alive_at = claim.asked_at, time.monotonic()
         self._patience_seconds = 0.0
         self._progress: dict[str, Any] = {}
         limits = {JobKind.GENERATE: "GENERATE_TIME_LIMIT_SECONDS", JobKind.TRAIN: "TRAIN_TIME_LIMIT_SECONDS"}
@@ -72,6 +72,10 @@ class Hold:
         if progress.figures:  # Otherwise the last loss would go with the first stage that has none.
             columns["figures"] = progress.figures
         self._progress |= columns
+        self.heed()
+
+    def heed(self) -> None:
+        """Raise whatever stops the work now, as `report`; for stretches without steps that may be given up."""
         self.check()
         used = self.job.used_worker_seconds + time.monotonic() - self._began_at
         if self._limit_seconds is not None and used > self._limit_seconds:
@@ -85,7 +89,7 @@ class Hold:
             raise Preempted("interactive work waits")
 
     def check(self) -> None:
-        """Raise Fenced or Cancelled where due. For stretches without steps, such as uploads."""
+        """Raise Fenced or Cancelled where due: what also stops an upload, which no shutdown or deadline does."""
         lease = settings.LORASITE["LEASE_SECONDS"]
         if self.fenced or time.monotonic() - self._renewed_at > lease * 0.9:
             raise Fenced(f"the lease of job {self.job.pk} is lost (token {self.token})")
@@ -107,16 +111,13 @@ class Hold:
         self._alive_at, self._patience_seconds = time.monotonic(), patience_seconds
 
     def watched(self, fetch: Callable[[str], Path], *, company: Sequence["Hold"] = ()) -> Callable[[str], Path]:
-        """The same `fetch`, with patience for the download of one file and an ear for wishes between files.
+        """The same `fetch`, with patience for the download of one file.
 
         Args:
-            company: Holds that wait for the same files. In company nobody's wish stops the fetching: each is heard
-                at the next step.
+            company: Holds that wait for the same files.
         """
 
         def fetching(sha256: str) -> Path:
-            if not company:
-                self.check()
             for hold in (self, *company):
                 hold.alive(patience_seconds=DOWNLOAD_SECONDS)
             path = fetch(sha256)

@@ -88,15 +88,18 @@ class WorkerContext:
         self._end_process = end_process or _end_process_soon
         self._out_of_memory_count = 0
         self._has_left = False
+        self._has_worked = False
 
     def may_claim(self) -> bool:
         """Whether this process may begin another job."""
-        if self._memory_limit_bytes and not self.leaving and (held := resident_bytes()) > self._memory_limit_bytes:
-            self.leaving = f"it holds {held >> 20} MiB, more than {self._memory_limit_bytes >> 20}"
+        # Only after some work: a limit below what a fresh process holds would let it do nothing for ever.
+        if self._memory_limit_bytes and self._has_worked and (held := resident_bytes()) > self._memory_limit_bytes:
+            self.leaving = self.leaving or f"it holds {held >> 20} MiB, more than {self._memory_limit_bytes >> 20}"
         return not self.leaving and not self.shutdown.is_raised
 
     def after_faults(self, remedies: Collection[Remedy]) -> None:
-        """Draw the consequences for the process of how the last jobs ended."""
+        """Draw the consequences for the process of how the last jobs ended. Call after each work."""
+        self._has_worked = True
         if Remedy.SAVE_MEMORY in remedies:
             self._free_memory()
             self._out_of_memory_count += 1

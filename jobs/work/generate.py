@@ -71,12 +71,26 @@ class GenerateWork:
 def compute_together(works: Sequence[GenerateWork]) -> list[Exception | None]:
     """Generate requests of the same batch key at once. Returns for each what stopped it alone."""
     base_model = works[0].request.base_model
+
+    def heed() -> None:
+        """While files are fetched for all, nobody can leave alone: stop only when nobody wants to go on."""
+        stopped: Interrupted | None = None
+        for work in works:
+            try:
+                work.hold.heed()
+            except Interrupted as interruption:
+                stopped = interruption
+            else:
+                return
+        if stopped is not None:
+            raise stopped
+
     results = works[0]._run(
         orders=[work.order() for work in works],
         base_fingerprint=base_model.fingerprint,
         base_files=base_model.files,
         base_name=base_model.name,
-        fetch=works[0].hold.watched(node_cache().checking(works[0].hold.check).get),
+        fetch=works[0].hold.watched(node_cache().checking(heed).get, company=[work.hold for work in works[1:]]),
         memory_rung=max(work.hold.job.memory_rung for work in works),
     )
     errors: list[Exception | None] = []

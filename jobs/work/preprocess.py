@@ -26,7 +26,7 @@ class PreprocessWork:
         """Fetch the originals, prepare them into the scratch folder."""
         self.images_folder = scratch_open(self.hold) / "images"
         images = self.version.dataset.images.order_by("created_at", "id")
-        fetch = self.hold.watched(node_cache().checking(self.hold.check).get)
+        fetch = self.hold.watched(node_cache().checking(self.hold.heed).get)
         sources = [
             SourceImage(
                 name=image.name,

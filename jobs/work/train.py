@@ -40,7 +40,7 @@ class TrainWork:
     def compute(self) -> None:
         """Put the last checkpoint in place, train, and have each new checkpoint stored meanwhile."""
         self.folder = scratch_open(self.hold)
-        fetch = self.hold.watched(node_cache().checking(self.hold.check).get)
+        fetch = self.hold.watched(node_cache().checking(self.hold.heed).get)
         for name, sha256 in (self.hold.job.checkpoint or {}).items():
             fetch(sha256)
             node_cache().copy_to(sha256, self.folder / name)

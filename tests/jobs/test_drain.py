@@ -192,12 +192,9 @@ def test_a_device_error_costs_the_try_and_the_process(
 def test_a_process_that_grew_too_large_finishes_its_uploads_and_is_replaced(
     make_job: MakeJob, context: WorkerContext, exits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Leaking(Work):
-        def compute(self) -> None:
-            monkeypatch.setattr(context, "_memory_limit_bytes", 1)
-
+    monkeypatch.setattr(context, "_memory_limit_bytes", 1)
     first, second = make_job(), make_job()
-    drain(JobKind.GENERATE, Leaking)
+    drain(JobKind.GENERATE, Work)
     states = [Job.objects.get(pk=job.pk).state for job in (first, second)]
     assert states == [JobState.SUCCEEDED, JobState.QUEUED]
     assert exits == [EXIT_RECYCLE]
