@@ -121,10 +121,7 @@ def artifacts_remove(shas: list[str]) -> int:
     `artifacts_pin` does not accept it.
     """
     with side_effect("garbage.commit"), transaction.atomic():
-        locked = _old().filter(pk__in=shas).order_by("pk")
-        # Rows that a writer holds are being renewed at this moment.
-        locked = locked.select_for_update(skip_locked=connection.features.has_select_for_update_skip_locked)
-        old = list(locked.values_list("pk", flat=True))
+        old = _lock_free_ones(_old().filter(pk__in=shas))
         # A new statement sees everything that was committed before the locks were ours.
         dead = sorted(set(old) - referenced(old))
         for sha256 in dead:
@@ -150,8 +147,16 @@ def _adopt_page() -> int:
 
 def _renew(needed: set[str]) -> int:
     """Rows in use go to the end of the line, so that the oldest ones are always those to look at."""
-    with side_effect("artifact.renew"):
-        return Artifact.objects.filter(pk__in=needed).update(put_at=Now())
+    with transaction.atomic():
+        free = _lock_free_ones(Artifact.objects.filter(pk__in=needed))
+        with side_effect("artifact.renew"):
+            return Artifact.objects.filter(pk__in=free).update(put_at=Now())
+
+
+def _lock_free_ones(rows: QuerySet[Artifact]) -> list[str]:
+    """Lock those rows that no writer holds. What one holds is being renewed, and who never waits is in no deadlock."""
+    skip_locked = connection.features.has_select_for_update_skip_locked
+    return list(rows.select_for_update(skip_locked=skip_locked).order_by("pk").values_list("pk", flat=True))
 
 
 def _remove_unreferenced(candidates: list[str], end: float) -> int:
