@@ -5,6 +5,7 @@ A worker's write names the token that its claim returned; when the row does not 
 """
 
 import logging
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -31,10 +32,14 @@ MAX_BARREN_LOSSES = 3
 
 @dataclass(frozen=True)
 class Claim:
-    """A job that this worker holds, and the token that proves it."""
+    """A job that this worker holds, and the token that proves it.
+
+    `asked_at` (seconds, monotonic) is from before the database gave the lease: a late answer has used up part of it.
+    """
 
     job: Job
     token: int
+    asked_at: float
 
 
 def job_created(job: Job) -> None:
@@ -45,7 +50,7 @@ def job_created(job: Job) -> None:
 
 def job_take(*, job: Job, worker: WorkerProcess) -> Claim | None:
     """QUEUED → RUNNING with a new token, or None when somebody else was faster. Must run inside a transaction."""
-    token = job.token + 1
+    token, asked_at = job.token + 1, time.monotonic()
     with side_effect("job.take"):
         taken = (
             Job.objects.claimable()
@@ -77,7 +82,7 @@ def job_take(*, job: Job, worker: WorkerProcess) -> Claim | None:
     # As the row is now, without reading it once more.
     job.state, job.token, job.worker = JobState.RUNNING, token, worker
     job.attempts_count += 1
-    return Claim(job, token)
+    return Claim(job, token, asked_at)
 
 
 def job_uploading(*, job_id: UUID, token: int) -> None:

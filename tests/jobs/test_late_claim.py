@@ -1,0 +1,34 @@
+"""A claim whose answer came late has less of its lease left than a fresh one."""
+
+import time
+
+import pytest
+from django.conf import settings
+
+from core import failpoints
+from jobs import claims
+from jobs.heartbeat import Fenced, Hold
+from jobs.models import WorkerProcess
+from tests.jobs.conftest import MakeJob
+
+
+def test_a_worker_that_heard_of_its_claim_after_the_lease_ran_out_does_not_begin(
+    make_job: MakeJob, worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(settings.LORASITE, "LEASE_SECONDS", 1.0)
+
+    def answer_late(point: str) -> None:
+        if point == "claim.commit_one:after":
+            time.sleep(1.0)
+
+    failpoints.install(answer_late)
+    try:
+        late = claims.take(make_job().pk, worker)
+    finally:
+        failpoints.install(None)
+    prompt = claims.take(make_job().pk, worker)
+    assert late is not None
+    assert prompt is not None
+    Hold(prompt, lambda: False).check()
+    with pytest.raises(Fenced):
+        Hold(late, lambda: False).check()
