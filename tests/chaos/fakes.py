@@ -82,17 +82,17 @@ def run_generations(*, orders: Sequence[Order], fetch: Any, **_: Any) -> list[An
         for use in orders[0].config.loras:
             fetch(use.sha256).read_bytes()
         for step in range(max(order.config.steps for order in orders)):
-            for attempt in attempts:
-                journal.mine().write("step", step=step, **attempt)
-            time.sleep(GENERATE_STEP_SECONDS)
-            for number, (order, attempt) in enumerate(zip(orders, attempts, strict=True)):
-                if number not in stopped and step < order.config.steps:
-                    try:
-                        order.report(_progress("denoising", step + 1, order.config.steps, attempt))
-                    except Interrupted as error:
-                        stopped[number] = error
-            if len(stopped) == len(orders):
-                break
+            drawn = [n for n, order in enumerate(orders) if n not in stopped and step < order.config.steps]
+            for number in drawn:
+                journal.mine().write("step", step=step, **attempts[number])
+            time.sleep(GENERATE_STEP_SECONDS if drawn else 0)
+            for number in drawn:
+                try:
+                    orders[number].report(
+                        _progress("denoising", step + 1, orders[number].config.steps, attempts[number])
+                    )
+                except Interrupted as error:
+                    stopped[number] = error
     return [stopped.get(number) or _pictures(order) for number, order in enumerate(orders)]
 
 

@@ -4,9 +4,7 @@ Everything is drawn from one `random.Random(seed)`: the same seed draws the same
 differs, since processes do not run in step.
 """
 
-import base64
 import contextlib
-import json
 import os
 import random
 import signal
@@ -16,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-import redis
 
 from tests.chaos import journal
 from tests.chaos.database import Database
 from tests.chaos.fault_proxy import Fault
+from tests.chaos.forgeries import forged_messages
 from tests.chaos.site import LEASE_SECONDS, Site
 
 WEIGHTS = {
@@ -285,52 +283,5 @@ class Monkey:
         self._due.append((time.monotonic() + seconds, name, ending))
 
 
-def forged_messages(job_ids: list[str], doorbell: bytes | None) -> list[bytes]:
-    """What somebody with write access to the broker could send: pickle, unknown tasks, foreign ids, bulk, rubbish."""
-
-    def message(task: str, body: str, content_type: str = "application/json", encoding: str = "utf-8") -> bytes:
-        properties = {
-            "correlation_id": "forged",
-            "delivery_mode": 2,
-            "delivery_info": {"exchange": "", "routing_key": "gpu"},
-            "priority": 0,
-            "body_encoding": "base64",
-            "delivery_tag": os.urandom(8).hex(),
-        }
-        headers = {"lang": "py", "task": task, "id": os.urandom(8).hex(), "root_id": None, "parent_id": None}
-        return json.dumps(
-            {
-                "body": body,
-                "content-encoding": encoding,
-                "content-type": content_type,
-                "headers": headers,
-                "properties": properties,
-            }
-        ).encode()
-
-    def coded(value: Any) -> str:
-        return base64.b64encode(json.dumps(value).encode()).decode()
-
-    arguments = [[[job_id], {"job_id": job_id, "token": 1}, {}] for job_id in job_ids] or [[["x"], {}, {}]]
-    pickled = base64.b64encode(b"cos\nsystem\n(S'touch /tmp/forged'\ntR.").decode()
-    return [
-        message("jobs.tasks.train", pickled, "application/x-python-serialize", "binary"),
-        message("os.system", coded([["id"], {}, {}])),
-        message("jobs.tasks.nothing_like_it", coded([[], {}, {}])),
-        *[message("jobs.tasks.train", coded(value)) for value in arguments],
-        message("jobs.tasks.generate", coded([["x" * 300_000], {}, {}])),
-        message("jobs.tasks.generate", "this is not base64 of JSON"),
-        *([doorbell] if doorbell else []),
-    ]
-
-
 def _choose(things: Any, number: float) -> Any:
     return things[int(number * len(things))]
-
-
-def broker_answers(site: Site) -> bool:
-    """Whether the broker takes commands past the proxy."""
-    try:
-        return bool(site.valkey.client().ping())
-    except redis.RedisError:
-        return False
