@@ -55,7 +55,7 @@ def _claim_and_hold(kind: JobKind, taken_at: int) -> None:
             end = time.monotonic() + float(claim.job.spec.get("hold", 0))
             try:
                 while time.monotonic() < end and claim.token == 1:  # the second try is done at once
-                    hold.report(Progress("holding", 1, 2))
+                    hold.report(Progress(stage="holding", step=1, total=2))
                     time.sleep(0.05)
             except Interrupted as wish:
                 job_end(hold, wish)
