@@ -7,7 +7,7 @@ import errno
 from dataclasses import dataclass
 from enum import Enum
 
-from django.db import DatabaseError
+from django.db import DatabaseError, DataError, IntegrityError
 
 from core.errors import Cancelled, CoreError, Paused
 from jobs.backoff import is_transient
@@ -72,7 +72,8 @@ def fault_of(error: BaseException) -> Fault:
             return Fault(
                 Remedy.FREE_DISK, "disk_full", "The worker's disk is full. Ask an operator to free space, then retry."
             )
-        case DatabaseError():
+        # A broken rule of the database is a program error, and it says so again on every try.
+        case DatabaseError() if not isinstance(error, IntegrityError | DataError):
             return Fault(Remedy.ABANDON, "database", text)
         case _ if is_transient(error):
             return Fault(Remedy.WAIT, "store_unavailable", f"the store did not answer ({type(error).__name__}: {text})")

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 MOST_PENDING = 16
 MOST_PENDING_BYTES = 4 << 30
 """Results that wait on this machine; beyond either bound the process computes nothing new."""
+IDLE_SECONDS = 5.0
+"""Without anything to store, the database connection is closed."""
 LOOK_SECONDS = 0.5
 """Between two looks at cancel wishes and lost leases of jobs whose upload waits."""
 
@@ -213,8 +215,8 @@ class Uploader:
             self.turn()
             with self._changed:
                 if not self._pending and not self._stopped:
-                    connection.close()
-                    self._changed.wait()
+                    if not self._changed.wait(IDLE_SECONDS):
+                        connection.close()
                 elif not any(upload.is_due() for upload in self._pending):
                     self._changed.wait(LOOK_SECONDS)
         connection.close()
