@@ -2,18 +2,26 @@
 that no ordinary job walks through (garbage, checkpoints of the real trainer, uploads).
 """
 
+import contextlib
+import errno
+import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from django.core.files.base import ContentFile
+
 from tests.chaos import expected, scenarios
 from tests.chaos.scenarios import Scenario, during, generate, lora_is_right, person, picture_is_right, train
 
 CHECKPOINTS = 4
+S3_VARIABLE = "CHAOS_S3"
+S3_BODIES = (b"small", b"in parts" * (7 << 17))
 
 
 def install() -> None:
@@ -205,6 +213,109 @@ def _garbage_check() -> list[str]:
     return found + picture_is_right("one")
 
 
+def _no_hard_links() -> None:
+    """A data folder on a file system that has none."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOTSUP, "no hard links here")
+
+    link, os.link = os.link, refuse
+    try:
+        artifact = BytesIO(b"stored without links")
+        from jobs.artifacts import artifact_put_stream
+
+        artifact_put_stream(artifact)
+    finally:
+        os.link = link
+    generate("one")
+
+
+def _full_for_a_moment() -> None:
+    """Bytes that end in the middle of their way leave no half blob."""
+    from jobs.artifacts import artifact_put_stream
+
+    class Breaking(BytesIO):
+        reads = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            self.reads += 1
+            if self.reads == 3:  # hashed in two reads; this is the first one of the write
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().read(size)
+
+    with contextlib.suppress(OSError):
+        artifact_put_stream(Breaking(b"never whole"))
+    generate("one")
+
+
+def _store_away() -> None:
+    """The store does not answer while a training makes six checkpoints."""
+    from jobs import artifacts
+
+    write, back_at = artifacts.blob_write, time.monotonic() + 1.0
+
+    def away(*arguments: Any) -> None:
+        if time.monotonic() < back_at:
+            raise ConnectionError("the store is away")
+        write(*arguments)
+
+    artifacts.blob_write = away
+    train("lora", steps=24)
+
+
+def _rebooted() -> None:
+    """The lock of a worker from before the machine's last start."""
+    from jobs.life_locks import _folder
+
+    (_folder() / f"{uuid.uuid4()}.an-earlier-boot").touch()
+    generate("one")
+
+
+def _s3() -> None:
+    """Small and multipart blobs in a real S3 server, one of them torn before."""
+    store = _s3_store()
+    for body in S3_BODIES:
+        name = f"sha256/{expected.sha256(body)[:2]}/{expected.sha256(body)}"
+        store.save(name, ContentFile(body))
+    torn = expected.sha256(b"healed")
+    store.client.put_object(
+        Bucket=store.bucket_name, Key=store._normalize_name(f"sha256/{torn[:2]}/{torn}"), Body=b"he"
+    )
+    store.replace(f"sha256/{torn[:2]}/{torn}", ContentFile(b"healed"))
+    store.client.create_multipart_upload(Bucket=store.bucket_name, Key=store._normalize_name("sha256/left/over"))
+    time.sleep(0.01)
+    store.leftovers_remove(0, 100)
+    store.save("sha256/go/ne", ContentFile(b"gone"))
+    store.delete("sha256/go/ne")
+    generate("one")
+
+
+def _s3_check() -> list[str]:
+    store = _s3_store()
+    found = []
+    for body in (*S3_BODIES, b"healed"):
+        name = f"sha256/{expected.sha256(body)[:2]}/{expected.sha256(body)}"
+        with store.open(name) as stored:
+            if stored.read() != body:
+                found.append(f"blob {name} holds other bytes")
+    if store.leftovers_remove(0, 100) and store.leftovers_remove(0, 100):
+        found.append("a multipart upload stays")
+    if [name for name, _ in store.names_after("", 100) if name == "sha256/go/ne"]:
+        found.append("a deleted blob is still there")
+    return found + picture_is_right("one")
+
+
+def _s3_store() -> Any:
+    """The store of this site: a folder of its own in the server that the parent started."""
+    from django.conf import settings
+
+    from jobs import s3_storage
+
+    s3_storage.MULTIPART_FROM_BYTES, s3_storage.PART_BYTES = 6 << 20, 5 << 20
+    prefix = Path(settings.LORASITE["DATA"]).name
+    return s3_storage.S3ArtifactStorage(**json.loads(os.environ[S3_VARIABLE]), location=prefix)
+
+
 def _checkpoints() -> None:
     """The real trainer's step folders: written, superseded, and gone on from."""
     from django.conf import settings
@@ -214,6 +325,10 @@ def _checkpoints() -> None:
 
     folder = Path(settings.LORASITE["DATA"]) / "checkpoints"
     before = newest_valid(folder, IDENTITY)
+    if before is None:
+        for left in (".partial-of-a-killed-save", "step-000001"):  # the second one is torn
+            (folder / left).mkdir(parents=True, exist_ok=True)
+            (folder / left / "state.json").write_text("{")
     for step in range(1 + (before.step if before else 0), CHECKPOINTS + 1):
         save_checkpoint(folder, checkpoint_at(step), IDENTITY, {"ss_steps": str(step)})
     generate("one")
@@ -260,6 +375,11 @@ STORIES = [
     Scenario("prepare base", _prepare_base, check=_prepare_base_check),
     Scenario("rebuild base folder", _rebuild_base_folder, check=lambda: picture_is_right("one")),
     Scenario("garbage", _garbage, check=_garbage_check),
+    Scenario("no hard links", _no_hard_links, check=lambda: picture_is_right("one")),
+    Scenario("full for a moment", _full_for_a_moment, check=lambda: picture_is_right("one")),
+    Scenario("store away", _store_away, check=lambda: lora_is_right("lora", 24)),
+    Scenario("rebooted", _rebooted, check=lambda: picture_is_right("one")),
+    Scenario("s3", _s3, check=_s3_check),
     Scenario("checkpoints", _checkpoints, check=_checkpoints_check),
 ]
 

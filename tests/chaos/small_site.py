@@ -27,7 +27,7 @@ def load() -> None:
     settings.LORASITE |= {
         "LEASE_SECONDS": LEASE_SECONDS,
         "HEARTBEAT_SECONDS": 0.15,
-        "STEP_SECONDS": 1.5,
+        "STEP_SECONDS": 2.5,
         "DRAIN_SECONDS": 2.0,
     }
     import jobs.tasks  # noqa: F401
@@ -107,6 +107,7 @@ class Everybody:
         """As a worker child starts."""
         from jobs import worker_context
         from jobs.heartbeat import Heartbeat
+        from jobs.life_locks import dead_workers_close, life_lock_take
         from jobs.scratch import scratch_sweep
         from jobs.watchdog import Watchdog
         from jobs.worker_context import ShutdownFlag
@@ -114,6 +115,8 @@ class Everybody:
 
         scratch_sweep()
         self.worker = worker_register(queues=["gpu", "cpu"], device="cpu")
+        life_lock_take(self.worker)
+        dead_workers_close()
         shutdown = ShutdownFlag()
         heartbeat = Heartbeat(self.worker, shutting_down=lambda: shutdown.is_raised)
         context = worker_context.WorkerContext(self.worker, heartbeat, shutdown)
