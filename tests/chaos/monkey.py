@@ -243,7 +243,7 @@ class Monkey:
             (Fault.TRUNCATE, 150.0),
             (Fault.LATENCY, 0.2),
         ]
-        return self._fault("s3", _choose(faults, act.variant), 2 + 4 * act.length)
+        return self._fault("s3", _choose(faults, act.variant), 1.5 + 3 * act.length)
 
     def _database_reset(self, act: Act) -> bool:
         if self.site.database_proxy is None:

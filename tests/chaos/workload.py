@@ -53,7 +53,7 @@ class Workload:
                 "prompt": f"picture {number} {self._random.getrandbits(32):08x}",
                 "seed": self._random.randrange(1_000_000),
                 "count": self._random.randint(1, 3),
-                "steps": self._random.randint(3, 14),
+                "steps": self._random.randint(2, 9),
             }
             request |= {"kind": "generate", **values}
             call = lambda: self._generate(index, values, request["key"])  # noqa: E731

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from core.config import TrainConfig
-from core.errors import Cancelled, CheckpointMismatch, Paused
+from core.errors import Cancelled, CheckpointMismatch, Paused, TrainingDiverged
 from core.lora_utils import sshs_model_hash
 from core.manifest import PreparedDataset
 from core.pipelines import LoadedBase
@@ -188,6 +190,17 @@ def test_kills_at_random_moments_change_no_bit(
             kills += 1
     assert kills >= 3
     assert_same(train(config, tiny_base, dataset, tmp_path), uninterrupted)
+
+
+def test_a_wild_learning_rate_fails_the_training_and_nothing_is_published(
+    tiny_base: LoadedBase, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    wild = quick_config(checkpoint_every_steps=1).model_copy(update={"learning_rate": 1e9})
+    with pytest.raises(TrainingDiverged, match="lower the learning rate"):
+        train(wild, tiny_base, dataset, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*-peft"))
+    for file in tmp_path.rglob("lora.safetensors"):  # checkpoints of the steps before
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values())
 
 
 # --- the command line, in processes of its own ---
