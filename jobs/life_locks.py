@@ -16,8 +16,7 @@ from django.conf import settings
 from core.failpoints import side_effect
 from jobs import lifecycle
 from jobs.models import Job, WorkerProcess
-from jobs.status import WorkerState
-from jobs.workers import live_workers
+from jobs.workers import live_workers, worker_died
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +68,7 @@ def _died(worker_id: UUID) -> int:
     lost = 0
     for job in Job.objects.leased().filter(worker_id=worker_id).select_related("worker"):
         lost += lifecycle.job_lost(job=job, reason=f"worker process {job.worker} died", only_expired=False) is not None
-    with side_effect("life_lock.mark_gone"):
-        gone = WorkerProcess.objects.filter(pk=worker_id).exclude(state=WorkerState.GONE).update(state=WorkerState.GONE)
+    gone = worker_died(worker_id=worker_id)
     if gone or lost:
         logger.warning("worker process died id=%s lost_jobs=%d", worker_id, lost)
     return lost

@@ -131,6 +131,7 @@ def preprocess_submit(
         if not dataset.images.exists():
             raise NotReady(f"dataset {dataset.name!r} has no pictures: upload some first")
 
+    @side_effect("dataset_version.create")
     def attach(job: Job) -> None:
         # Two preparations at once take turns, so that each gets its own number.
         Dataset.objects.select_for_update().get(pk=dataset.pk)
@@ -190,6 +191,7 @@ def training_submit(
                 f"your LoRA {lora_name!r} belongs to base model {other.base_model.name!r}: choose another name"
             )
 
+    @side_effect("training_run.create")
     def attach(job: Job) -> None:
         TrainingRun.objects.create(
             owner=owner, job=job, dataset_version=dataset_version, base_model=base_model, lora_name=lora_name
@@ -253,6 +255,7 @@ def generation_submit(
                 f"LoRA {version} was trained for base model {version.lora.base_model.name!r}, not {base_model.name!r}"
             )
 
+    @side_effect("generation_request.create")
     def attach(job: Job) -> None:
         request = GenerationRequest.objects.create(owner=owner, job=job, base_model=base_model)
         GenerationLora.objects.bulk_create(
@@ -298,6 +301,7 @@ def base_preparation_submit(*, owner: User, base_model: BaseModel) -> Job:
     if base_model.job is not None and base_model.job.state in (JobState.QUEUED, JobState.RUNNING, JobState.UPLOADING):
         raise Conflict(f"base model {base_model.name!r} is being prepared already (job {base_model.job_id})")
 
+    @side_effect("base_model.attach")
     def attach(job: Job) -> None:
         BaseModel.objects.filter(pk=base_model.pk).update(job=job)
         base_model.job = job

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Sequence
+from uuid import UUID
 
 from django.conf import settings
 from django.db.models import QuerySet
@@ -62,3 +63,10 @@ def silent_workers_mark_gone() -> int:
     silent = WorkerProcess.objects.filter(heartbeat_at__lt=after(-2 * settings.LORASITE["LEASE_SECONDS"]))
     with side_effect("worker.mark_silent"):
         return silent.exclude(state=WorkerState.GONE).update(state=WorkerState.GONE)
+
+
+def worker_died(*, worker_id: UUID) -> bool:
+    """A process that was found dead becomes GONE; False when that was known."""
+    with side_effect("worker.mark_dead"):
+        known = WorkerProcess.objects.filter(pk=worker_id).exclude(state=WorkerState.GONE)
+        return bool(known.update(state=WorkerState.GONE))
