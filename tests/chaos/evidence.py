@@ -52,19 +52,22 @@ class Evidence:
     work: dict[str, list[Row]] = field(default_factory=lambda: defaultdict(list))  # worker journal lines by job
     hit: set[tuple[str, int]] = field(default_factory=set)  # (job, token) whose holder was killed or frozen
     windows: list[Window] = field(default_factory=list)
+    troubles: dict[int, list[Window]] = field(default_factory=lambda: defaultdict(list))  # by pid
     node_of_pid: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     kills: int = 0
 
     def loss_is_explained(self, attempt: Row) -> bool:
-        """Whether the monkey did something that may cost this try its lease."""
+        """Whether the monkey, or a machine that gave the process no time, may have cost this try its lease."""
         if (attempt["job"], attempt["token"]) in self.hit:
             return True
         begin, end = span(attempt)
-        return any(window.fault.startswith("database") and window.meets(begin, end) for window in self.windows)
+        own = self.troubles.get(_pid_of(attempt), [])
+        cut_off = [window for window in self.windows if window.fault.startswith("database")]
+        return any(window.meets(begin, end) for window in (*own, *cut_off))
 
     def disk_was_full(self, attempt: Row) -> bool:
         """Whether the disk of the attempt's worker was full while it ran."""
-        nodes = self.node_of_pid.get(int(attempt["worker_name"].rsplit(":", 1)[1]), set())
+        nodes = self.node_of_pid.get(_pid_of(attempt), set())
         begin, end = span(attempt)
         return any(w.fault == "full disk" and w.node in nodes and w.meets(begin, end) for w in self.windows)
 
@@ -85,6 +88,10 @@ class Evidence:
             if line["event"] != "step":
                 lines.append(f"journal {datetime.fromtimestamp(line['wall']):%H:%M:%S.%f} {line}")
         return tuple(lines)
+
+
+def _pid_of(attempt: Row) -> int:
+    return int(attempt["worker_name"].rsplit(":", 1)[1])
 
 
 def span(attempt: Row) -> tuple[float, float]:
@@ -139,12 +146,18 @@ def _read_journals(evidence: Evidence, journals: Path) -> None:
     for line in journal.read(journals, "worker-"):
         if line["event"] == "child":
             evidence.node_of_pid[line["pid"]].add(line["node"])
+        elif line["event"] == "lag":
+            window = Window("lag", line["wall"] - line["seconds"], line["wall"])
+            evidence.troubles[line["pid"]].append(window)
         elif "job" in line:
             evidence.work[line["job"]].append(line)
     began: dict[str, Row] = {}
     for line in journal.read(journals, "monkey"):
         if line["event"] in ("kill", "freeze"):
             evidence.hit |= {(held["job"], held["token"]) for held in line["held"]}
+            for pid in line["pids"]:
+                window = Window(line["event"], line["wall"], line["wall"] + line.get("seconds", 0.0))
+                evidence.troubles[pid].append(window)
             evidence.kills += len(line["holders"]) if line["event"] == "kill" else 0
         elif line["event"] == "fault":
             began[line["fault"]] = line

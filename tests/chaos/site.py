@@ -25,7 +25,7 @@ from tests.chaos.fault_proxy import FaultProxy, Loop
 from tests.services import S3, free_ports, postgres, seaweedfs, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LEASE_SECONDS = 2.5
+LEASE_SECONDS = 3.0
 SMALL_DISK_BYTES = 6 << 20
 
 

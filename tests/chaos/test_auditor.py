@@ -359,6 +359,16 @@ def test_a_kill_is_counted_once_per_process_that_held_a_lease_when_it_died(recor
     assert record.audit().kills == 2
 
 
+def test_a_loss_is_explained_by_the_death_or_the_starvation_of_its_own_process_only(record: Record) -> None:
+    poisoned_without_three_kills(record)
+    assert record.audit().count("lost") == 1
+    lag = {"event": "lag", "pid": 104, "seconds": 2.0, "wall": NOON + 31}
+    (record.journals / "worker-node0-4.jsonl").write_text(json.dumps(lag) + "\n")
+    assert record.audit().count("lost") == 1
+    (record.journals / "worker-node0-4.jsonl").write_text(json.dumps(lag | {"pid": 103}) + "\n")
+    assert record.audit().count("lost") == 0
+
+
 def test_a_full_disk_excuses_the_job_that_it_hit_and_no_other(record: Record) -> None:
     for job, pid_token in (("c" * 32, 1), ("d" * 32, 2)):
         record.job(job, "generate", prompt="x", seed=1, count=1)
