@@ -22,10 +22,10 @@ def no_promise_is_broken(outcome: Outcome, *, kills: int) -> None:
 
 
 def test_postgresql_s3_and_the_broker_may_fail_and_workers_die_without_breaking_a_promise(tmp_path: Path) -> None:
-    outcome = chaos(Options(kills=50, seed=11, minutes=1.5, folder=tmp_path))
+    outcome = chaos(Options(kills=90, seed=11, minutes=1.3, folder=tmp_path))
     no_promise_is_broken(outcome, kills=10)
 
 
 def test_with_sqlite_and_a_folder_workers_die_without_breaking_a_promise(tmp_path: Path) -> None:
-    options = Options(kills=15, seed=12, database="sqlite", minutes=0.7, workers=2, children=2, folder=tmp_path)
+    options = Options(kills=50, seed=12, database="sqlite", minutes=0.6, workers=2, children=2, folder=tmp_path)
     no_promise_is_broken(chaos(options), kills=4)
