@@ -3,16 +3,18 @@
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from django.conf import settings
 from django.db import connection, transaction
-from django.db.models import Count, IntegerField, OuterRef, QuerySet, Subquery
+from django.db.models import Count, IntegerField, OuterRef, QuerySet, Subquery, UUIDField
 from django.db.models.functions import Coalesce
 
 from core.failpoints import side_effect
 from jobs.lifecycle import Claim, job_take
 from jobs.models import Job, WorkerProcess
+from jobs.prepared_sql import Read, listed, parameters, rounded_up
 from jobs.queue import free_workers, owners_of, running_now, waiting_candidates
 from jobs.recovery import expired_leases_requeue
 from jobs.scheduling import Candidate, Scheduler
@@ -32,30 +34,14 @@ def jobs_claim(*, kind: str, worker: WorkerProcess, at_most: int = 1) -> list[Cl
     Returns:
         Nothing when nothing waits that may run here now.
     """
-    return _claim([kind], worker, at_most)
-
-
-def job_claim(*, kinds: Sequence[str], worker: WorkerProcess) -> Claim | None:
-    """Take the best claimable job of these kinds, or None."""
-    return next(iter(_claim(kinds, worker, 1)), None)
-
-
-def take(job_id: UUID, worker: WorkerProcess) -> Claim | None:
-    """Take this very job if it still waits, whosever turn it is."""
-    with side_effect("claim.commit_one"), transaction.atomic():
-        job = _unlocked(Job.objects.claimable().filter(pk=job_id)).first()
-        return None if job is None else job_take(job=job, worker=worker)
-
-
-def _claim(kinds: Sequence[str], worker: WorkerProcess, at_most: int) -> list[Claim]:
-    """Lost leases go back to the queue first: the next claim finds them, and not only the dispatcher's sweep."""
+    # Lost leases go back to the queue first: the next claim finds them, and not only the dispatcher's sweep.
     swept = False
     for _ in range(LOOKS):
-        now, candidates, expired = waiting_candidates(kinds, warm_bases=worker.warm_bases)
+        now, candidates, expired = waiting_candidates([kind], warm_bases=worker.warm_bases)
         if not swept and (expired or now is None):
             swept = True
-            if expired_leases_requeue(kinds=kinds):
-                now, candidates, _ = waiting_candidates(kinds, warm_bases=worker.warm_bases)
+            if expired_leases_requeue(kinds=[kind]):
+                now, candidates, _ = waiting_candidates([kind], warm_bases=worker.warm_bases)
         if now is None:
             return []
         candidates = _startable(candidates, now, worker)
@@ -135,14 +121,15 @@ def _take_all(batch: Sequence[Candidate], worker: WorkerProcess) -> tuple[list[C
         for owner_id in sorted({job.owner_id for job in batch if job.kind in limits}):
             usage_lock(owner_id)
         # A statement of its own after the locks: it sees what their earlier holders committed.
-        rows = _unlocked(Job.objects.claimable().filter(pk__in=[job.job_id for job in batch]))
-        found = {job.pk: job for job in rows.annotate(running=_running_beside())}
+        count = rounded_up(len(batch))
+        rows = _CLAIMABLE.rows(count, **listed("job", count, [job.job_id for job in batch]))
+        found = {job.pk: (job, running) for job, running in map(_job_and_running, rows)}
         for candidate in batch:
-            job = found.get(candidate.job_id)
+            job, running = found.get(candidate.job_id, (None, 0))
             if job is None:
                 continue
             key = (job.owner_id, job.kind)
-            if job.kind in limits and job.running + taken[key] >= limits[job.kind]:
+            if job.kind in limits and running + taken[key] >= limits[job.kind]:
                 full.add(key)
                 continue
             claim = job_take(job=job, worker=worker)
@@ -152,15 +139,24 @@ def _take_all(batch: Sequence[Candidate], worker: WorkerProcess) -> tuple[list[C
     return claims, full
 
 
-def _running_beside() -> Coalesce:
-    """SQL: jobs of the same person and kind that occupy a worker; one that only stores its results does not."""
+def _claimable(count: int) -> "QuerySet[Job, Any]":
+    """These jobs as far as they still wait, and how many of the same person and kind occupy a worker.
+
+    Locked where the database can; rows that another worker is claiming right now are passed over.
+    """
+    # One that only stores its results occupies none.
     same = Job.objects.filter(owner=OuterRef("owner"), kind=OuterRef("kind"), state=JobState.RUNNING)
-    count = same.order_by().values("owner").annotate(count=Count("pk")).values("count")
-    return Coalesce(Subquery(count, output_field=IntegerField()), 0)
-
-
-def _unlocked(rows: "QuerySet[Job]") -> "QuerySet[Job]":
-    """Locks them where the database can; rows that another worker is claiming right now are passed over."""
+    running = same.order_by().values("owner").annotate(count=Count("pk")).values("count")
+    rows = Job.objects.claimable().filter(pk__in=parameters("job", count, UUIDField())).order_by()
     if connection.features.has_select_for_update_skip_locked:
-        return rows.select_for_update(skip_locked=True, of=("self",))
-    return rows
+        rows = rows.select_for_update(skip_locked=True)
+    counted = rows.annotate(running=Coalesce(Subquery(running, output_field=IntegerField()), 0))
+    return counted.values_list(*(field.attname for field in Job._meta.concrete_fields), "running")
+
+
+_CLAIMABLE = Read(_claimable)
+
+
+def _job_and_running(row: list[Any]) -> tuple[Job, int]:
+    *columns, running = row
+    return Job.from_db(connection.alias, [field.attname for field in Job._meta.concrete_fields], columns), running

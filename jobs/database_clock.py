@@ -3,8 +3,13 @@
 from datetime import timedelta
 from typing import Any
 
-from django.db.models import DateTimeField, ExpressionWrapper, Value
+from django.db.models import DateTimeField, Expression, ExpressionWrapper, Value
 from django.db.models.functions import Now
+
+
+def later_by(duration: Expression) -> Any:
+    """SQL expression: the database's time plus a duration in SQL."""
+    return ExpressionWrapper(Now() + duration, output_field=DateTimeField())
 
 
 def after(seconds: float) -> Any:

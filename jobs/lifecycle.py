@@ -13,13 +13,15 @@ from uuid import UUID
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import F, Q
-from django.db.models.functions import Now
+from django.db.models import BigIntegerField, CharField, DurationField, F, IntegerField, Q, UUIDField
+from django.db.models.functions import Coalesce, Now
+from django.db.models.sql import InsertQuery, UpdateQuery
 
 from core.failpoints import side_effect
-from jobs.database_clock import after
+from jobs.database_clock import after, later_by
 from jobs.errors import Conflict, InvalidTransition, LeaseLost
 from jobs.models import Job, JobAttempt, JobEvent, WorkerProcess
+from jobs.prepared_sql import Parameter, Write, insert_of, update_of
 from jobs.status import LEASED, TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState, sources_of
 from jobs.usage import usage_add
 from jobs.wakeup import announce
@@ -51,30 +53,17 @@ def job_created(job: Job) -> None:
 def job_take(*, job: Job, worker: WorkerProcess) -> Claim | None:
     """QUEUED → RUNNING with a new token, or None when somebody else was faster. Must run inside a transaction."""
     token, asked_at = job.token + 1, time.monotonic()
+    lease = timedelta(seconds=settings.LORASITE["LEASE_SECONDS"])
     with side_effect("job.take"):
-        taken = (
-            Job.objects.claimable()
-            .filter(pk=job.pk, token=job.token)
-            .update(
-                state=JobState.RUNNING,
-                token=token,
-                worker=worker,
-                lease_until=after(settings.LORASITE["LEASE_SECONDS"]),
-                attempts_count=F("attempts_count") + 1,
-                started_at=job.started_at or Now(),
-                yield_requested_at=None,
-                stage="starting",
-            )
-        )
+        taken = _TAKE.write(job_id=job.pk, token=job.token, worker_id=worker.pk, lease=lease)
     if not taken:
         return None
     with side_effect("attempt.open"):
-        JobAttempt.objects.create(
-            job=job,
+        _OPEN_ATTEMPT.write(
+            job_id=job.pk,
             token=token,
-            worker=worker,
+            worker_id=worker.pk,
             worker_name=str(worker),
-            started_at=Now(),
             from_step=job.checkpoint_step,
             memory_rung=job.memory_rung,
         )
@@ -292,5 +281,45 @@ def _close_attempt(job_id: UUID, token: int, outcome: AttemptOutcome, reason: st
 
 def _record(job_id: UUID, old: JobState, new: JobState, token: int, reason: str) -> None:
     with side_effect("job.record"):
-        JobEvent.objects.create(job_id=job_id, at=Now(), old_state=old, new_state=new, token=token, reason=reason[:300])
+        _EVENT.write(job_id=job_id, old_state=old, new_state=new, token=token, reason=reason[:300])
     logger.info("job id=%s %s→%s token=%s reason=%s", job_id, old, new, token, reason)
+
+
+_JOB_ID = Parameter("job_id", UUIDField())
+_TOKEN = Parameter("token", BigIntegerField())
+_WORKER_ID = Parameter("worker_id", UUIDField())
+
+
+def _take() -> UpdateQuery:
+    return update_of(
+        Job.objects.claimable().filter(pk=_JOB_ID, token=_TOKEN),
+        state=JobState.RUNNING,
+        token=F("token") + 1,
+        worker=_WORKER_ID,
+        lease_until=later_by(Parameter("lease", DurationField())),
+        attempts_count=F("attempts_count") + 1,
+        started_at=Coalesce("started_at", Now()),
+        yield_requested_at=None,
+        stage="starting",
+    )
+
+
+def _open_attempt() -> InsertQuery:
+    brought: dict[str, Any] = {
+        "job_id": _JOB_ID,
+        "token": _TOKEN,
+        "worker_id": _WORKER_ID,
+        "worker_name": Parameter("worker_name", CharField()),
+        "from_step": Parameter("from_step", IntegerField()),
+        "memory_rung": Parameter("memory_rung", IntegerField()),
+    }
+    return insert_of(JobAttempt(started_at=Now(), **brought))
+
+
+def _event() -> InsertQuery:
+    brought: dict[str, Any] = {"job_id": _JOB_ID, "token": _TOKEN}
+    brought |= {name: Parameter(name, CharField()) for name in ("old_state", "new_state", "reason")}
+    return insert_of(JobEvent(at=Now(), **brought))
+
+
+_TAKE, _OPEN_ATTEMPT, _EVENT = Write(_take), Write(_open_attempt), Write(_event)

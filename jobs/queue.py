@@ -5,11 +5,12 @@ from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from django.db.models import Case, Count, Exists, F, Q, Value, When, Window
+from django.db.models import Case, CharField, Count, Exists, F, Q, QuerySet, UUIDField, Value, When, Window
 from django.db.models.functions import Now, RowNumber
 
 from jobs.database_clock import after
 from jobs.models import Job, JobAttempt, User, WorkerProcess
+from jobs.prepared_sql import Parameter, Read, listed, parameters, rounded_up
 from jobs.scheduling import AFFINITY_SECONDS, Candidate, Owner, Running, decayed
 from jobs.status import QUEUES, JobKind, JobState, WorkerState
 from jobs.workers import live_workers
@@ -47,26 +48,11 @@ def waiting_candidates(
         batch_key: Only jobs of this key, and how many pictures each asks for.
         per_owner: Jobs of each person at most, >= 1.
     """
-    # Who made room begins to wait in the very statement that says so: that is no loss.
-    lost = Q(attempts_count__gt=0) & (Q(yielded_at__isnull=True) | ~Q(yielded_at=F("queued_at")))
-    first_lost = Case(When(lost, then=Value(0)), default=Value(1))
-    order: list[Any] = [first_lost, F("priority").desc()]
-    if warm_bases:
-        old = Q(queued_at__lt=after(-AFFINITY_SECONDS))
-        warm = old | Q(base_model__isnull=True) | Q(base_model__fingerprint__in=["", *warm_bases])
-        order.append(Case(When(warm, then=Value(0)), default=Value(1)))
-    place = Window(RowNumber(), partition_by="owner_id", order_by=[*order, "created_at", "id"])
-    rows = Job.objects.claimable().filter(kind__in=kinds)
-    if batch_key:
-        rows = rows.filter(batch_key=batch_key)
-    best = rows.annotate(
-        place=place,
-        kept=first_lost,
-        now=Now(),
-        expired=Exists(Job.objects.lease_expired().filter(kind__in=kinds)),
-        pictures=F("spec__count") if batch_key else Value(1),
-    ).filter(place__lte=per_owner)
-    found = list(best.order_by("place").values_list(*COLUMNS)[: OWNERS_PER_CLAIM * per_owner])
+    warm = sorted(warm_bases)
+    places = rounded_up(len(warm)) if warm else 0
+    found = _WAITING.rows(
+        tuple(kinds), places, bool(batch_key), per_owner, batch_key=batch_key, **listed("base", places, warm)
+    )
     if not found:
         return Waiting(None, [], False)
     candidates = [
@@ -91,26 +77,23 @@ def waiting_candidates(
 
 def owners_of(owner_ids: Iterable[UUID], now: datetime) -> dict[UUID, Owner]:
     """What each of these people got, and their weights."""
-    rows = User.objects.filter(pk__in=list(owner_ids)).values_list(
-        "pk", "scheduling_weight", "usage__worker_seconds", "usage__as_of"
-    )
+    wanted = list(owner_ids)
+    count = rounded_up(len(wanted))
     return {
         pk: Owner(
             used_seconds=0.0 if as_of is None else decayed(seconds, as_of, now),
             served_at=as_of,
             weight=max(weight, 0.01),
         )
-        for pk, weight, seconds, as_of in rows
+        for pk, weight, seconds, as_of in _OWNERS.rows(count, **listed("owner", count, wanted))
     }
 
 
 def running_now() -> list[Running]:
     """Everything that occupies a worker; results that are being stored do not."""
-    rows = JobAttempt.objects.filter(ended_at__isnull=True, job__state=JobState.RUNNING).order_by()
-    columns = ("job__owner_id", "job__kind", "started_at", "job__estimated_seconds")
     return [
         Running(owner_id=owner_id, kind=kind, started_at=started_at, estimated_seconds=seconds)
-        for owner_id, kind, started_at, seconds in rows.values_list(*columns)
+        for owner_id, kind, started_at, seconds in _RUNNING.rows()
     ]
 
 
@@ -127,3 +110,42 @@ def free_workers(queue: str, *, besides: WorkerProcess | None = None) -> int:
 def waiting_by_kind() -> dict[str, int]:
     """{kind: number of claimable jobs}; kinds without any are absent."""
     return dict(Job.objects.claimable().values_list("kind").annotate(Count("id")).order_by())
+
+
+def _waiting(kinds: tuple[str, ...], warm_bases: int, keyed: bool, per_owner: int) -> "QuerySet[Job, Any]":
+    # Who made room begins to wait in the very statement that says so: that is no loss.
+    lost = Q(attempts_count__gt=0) & (Q(yielded_at__isnull=True) | ~Q(yielded_at=F("queued_at")))
+    first_lost = Case(When(lost, then=Value(0)), default=Value(1))
+    order: list[Any] = [first_lost, F("priority").desc()]
+    if warm_bases:
+        old = Q(queued_at__lt=after(-AFFINITY_SECONDS))
+        fits = Q(base_model__fingerprint="") | Q(
+            base_model__fingerprint__in=parameters("base", warm_bases, CharField())
+        )  # fmt: skip
+        warm = old | Q(base_model__isnull=True) | fits
+        order.append(Case(When(warm, then=Value(0)), default=Value(1)))
+    place = Window(RowNumber(), partition_by="owner_id", order_by=[*order, "created_at", "id"])
+    rows = Job.objects.claimable().filter(kind__in=kinds)
+    if keyed:
+        rows = rows.filter(batch_key=Parameter("batch_key", CharField()))
+    best = rows.annotate(
+        place=place,
+        kept=first_lost,
+        now=Now(),
+        expired=Exists(Job.objects.lease_expired().filter(kind__in=kinds)),
+        pictures=F("spec__count") if keyed else Value(1),
+    ).filter(place__lte=per_owner)
+    return best.order_by("place").values_list(*COLUMNS)[: OWNERS_PER_CLAIM * per_owner]
+
+
+def _owners(count: int) -> "QuerySet[User, Any]":
+    rows = User.objects.filter(pk__in=parameters("owner", count, UUIDField())).order_by()
+    return rows.values_list("pk", "scheduling_weight", "usage__worker_seconds", "usage__as_of")
+
+
+def _running() -> "QuerySet[JobAttempt, Any]":
+    rows = JobAttempt.objects.filter(ended_at__isnull=True, job__state=JobState.RUNNING).order_by()
+    return rows.values_list("job__owner_id", "job__kind", "started_at", "job__estimated_seconds")
+
+
+_WAITING, _OWNERS, _RUNNING = Read(_waiting), Read(_owners), Read(_running)

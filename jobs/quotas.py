@@ -13,7 +13,7 @@ from django.db.models import Count, Sum
 from core.config import GenerateConfig, TrainConfig
 from jobs.errors import InvalidInput, TooBusy
 from jobs.estimates import pixel_steps
-from jobs.models import Job, JobEvent, OwnerUsage, User
+from jobs.models import Job, JobEvent, User
 from jobs.status import TERMINAL, JobKind, JobState
 from jobs.usage import usage_lock
 
@@ -90,9 +90,7 @@ def admit(*, owner: User, kind: JobKind, estimated_seconds: float, now: datetime
 
 def lock(owner: User) -> datetime:
     """This person's submissions take turns until the transaction ends. Returns the database's time."""
-    usage: OwnerUsage = usage_lock(owner.pk)
-    now: datetime = usage.now  # type: ignore[attr-defined]  # annotated by usage_lock
-    return now
+    return usage_lock(owner.pk).now
 
 
 def refuse_oversized_generation(config: GenerateConfig) -> None:

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 from django.core.files.uploadedfile import SimpleUploadedFile
+from django.db import transaction
 from PIL import Image
 from safetensors.numpy import save as save_safetensors
 
 from core.config import PreprocessConfig, TrainConfig
 from core.manifest import DatasetManifest, PreparedImage
-from jobs import claims, lifecycle, recovery
+from jobs import lifecycle, recovery
 from jobs.artifacts import artifact_put_stream
+from jobs.claims import jobs_claim
+from jobs.lifecycle import Claim
 from jobs.models import (
     BaseModel,
     Dataset,
@@ -86,9 +89,24 @@ def make_worker() -> WorkerProcess:
 
 def claim(job: Job) -> int:
     """A worker takes this very job; returns its token."""
-    taken = claims.take(job.pk, make_worker())
+    taken = take(job, make_worker())
     assert taken is not None
     return taken.token
+
+
+def take(job: Job, worker: WorkerProcess) -> Claim | None:
+    """This worker takes this very job if it still waits, whosever turn it is."""
+    with transaction.atomic():
+        waiting = Job.objects.claimable().filter(pk=job.pk).first()
+        return waiting and lifecycle.job_take(job=waiting, worker=worker)
+
+
+def claim_one(*, kinds: Sequence[str], worker: WorkerProcess) -> Claim | None:
+    """This worker takes the best job of the first of these kinds that has one."""
+    for kind in kinds:
+        if taken := jobs_claim(kind=kind, worker=worker):
+            return taken[0]
+    return None
 
 
 def bring_to(job: Job, state: JobState) -> Job:

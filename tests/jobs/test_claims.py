@@ -21,7 +21,7 @@ from jobs.scheduling import TRAINING_PATIENCE_SECONDS
 from jobs.status import JobKind, JobState
 from jobs.submission import job_submit
 from jobs.workers import worker_ready, worker_register
-from tests.factories import make_base_model
+from tests.factories import claim_one, make_base_model, take
 from tests.jobs.conftest import MakeJob, expire_lease
 from tests.services import postgres
 
@@ -29,7 +29,7 @@ GENERATE, TRAIN = JobKind.GENERATE, JobKind.TRAIN
 
 
 def claim(worker: WorkerProcess, kind: JobKind = GENERATE) -> Job | None:
-    taken = claims.job_claim(kinds=[kind], worker=worker)
+    taken = claim_one(kinds=[kind], worker=worker)
     return taken and taken.job
 
 
@@ -118,11 +118,11 @@ def test_an_expired_lease_is_found_by_a_claim_when_nothing_else_waits(make_job: 
 
 def test_work_that_made_room_does_not_count_as_lost(make_job: MakeJob, worker: WorkerProcess) -> None:
     yielded, priority = make_job(kind=TRAIN), make_job(kind=TRAIN)
-    first = claims.take(yielded.pk, worker)
+    first = take(yielded, worker)
     assert first is not None
     expire_lease(yielded)
     assert recovery.expired_leases_requeue() == 1
-    again = claims.take(yielded.pk, worker)
+    again = take(yielded, worker)
     assert again is not None
     lifecycle.job_preempted(job_id=yielded.pk, token=again.token, reason="others wait")
     set_columns(priority, priority=1)
@@ -222,7 +222,7 @@ def test_a_training_that_made_room_waits_for_the_people_it_made_room_for(
 ) -> None:
     training = make_job(kind=TRAIN)
     set_columns(training, queued_at=timezone.now() - timedelta(hours=1))
-    taken = claims.job_claim(kinds=[TRAIN], worker=worker)
+    taken = claim_one(kinds=[TRAIN], worker=worker)
     assert taken is not None
     make_job()
     lifecycle.job_preempted(job_id=training.pk, token=taken.token, reason="others wait")

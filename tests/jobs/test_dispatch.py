@@ -17,12 +17,12 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from kombu import Queue
 
-from jobs import claims
 from jobs.dispatch import Dispatcher, leader_age_seconds
 from jobs.doorbells import Doorbells
 from jobs.models import Job, LeaderLease, User, WorkerProcess
 from jobs.status import JobKind, JobState
 from jobs.workers import worker_register
+from tests.factories import claim_one, take
 from tests.jobs.conftest import MakeJob, expire_lease
 from tests.services import valkey
 
@@ -134,7 +134,7 @@ def test_a_frozen_broker_does_not_stop_the_sweep(tmp_path: Path, make_job: MakeJ
         server = int(redis.Redis.from_url(url).info("server")["process_id"])
         dispatcher = Dispatcher(Doorbells(app_for(url)))
         lost = make_job()
-        claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+        claim = claim_one(kinds=[JobKind.GENERATE], worker=worker)
         assert claim is not None
         expire_lease(lost)
         os.kill(server, signal.SIGSTOP)
@@ -226,7 +226,7 @@ def test_a_broken_rule_keeps_neither_doorbells_nor_the_other_rules_from_their_wo
 
     monkeypatch.setattr("jobs.dispatch.dead_workers_close", broken)
     lost = make_job()
-    assert claims.take(lost.pk, worker) is not None
+    assert take(lost, worker) is not None
     expire_lease(lost)
     dispatcher.tick()
     assert Job.objects.get(pk=lost.pk).state == JobState.QUEUED

@@ -14,7 +14,6 @@ from django.db import OperationalError
 from core.config import TrainConfig
 from core.errors import Cancelled, Paused, TrainingDiverged
 from core.progress import Progress
-from jobs import claims
 from jobs.drain import drain, run
 from jobs.errors import ArtifactDamaged
 from jobs.faults import MAX_STORE_RETRIES
@@ -22,6 +21,7 @@ from jobs.heartbeat import Hold
 from jobs.models import Job, WorkerProcess
 from jobs.status import AttemptOutcome, JobKind, JobState
 from jobs.worker_context import EXIT_RECYCLE, WorkerContext
+from tests.factories import claim_one
 from tests.jobs.conftest import MakeJob, expire_lease
 
 
@@ -45,7 +45,7 @@ class Work:
 
 
 def take(context: WorkerContext, kind: JobKind = JobKind.GENERATE) -> Hold:
-    claim = claims.job_claim(kinds=[kind], worker=context.worker)
+    claim = claim_one(kinds=[kind], worker=context.worker)
     assert claim is not None
     return context.heartbeat.take(claim)
 
@@ -240,7 +240,7 @@ def test_work_whose_lease_was_taken_records_nothing(make_job: MakeJob, context: 
     class Overtaken(Work):
         def compute(self) -> None:
             expire_lease(self.hold.job)
-            assert claims.job_claim(kinds=[JobKind.GENERATE], worker=context.worker) is not None
+            assert claim_one(kinds=[JobKind.GENERATE], worker=context.worker) is not None
 
         def record(self) -> None:
             recorded.append(True)

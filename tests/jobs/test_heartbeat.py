@@ -7,17 +7,18 @@ from django.conf import settings
 
 from core.errors import Cancelled, Paused
 from core.progress import Progress
-from jobs import claims, lifecycle
+from jobs import lifecycle
 from jobs.heartbeat import Fenced, Heartbeat, Hold, Preempted
 from jobs.models import Job, WorkerProcess
 from jobs.status import JobKind
+from tests.factories import claim_one
 from tests.jobs.conftest import MakeJob, expire_lease
 
 
 @pytest.fixture
 def held(make_job: MakeJob, worker: WorkerProcess) -> Iterator[tuple[Heartbeat, Hold]]:
     make_job()
-    claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+    claim = claim_one(kinds=[JobKind.GENERATE], worker=worker)
     assert claim is not None
     heartbeat = Heartbeat(worker, warm_bases=lambda: ["abc"])
     yield heartbeat, heartbeat.take(claim)
@@ -66,7 +67,7 @@ def test_a_cancel_wish_stops_the_work_at_its_next_step(held: tuple[Heartbeat, Ho
 def test_a_taken_lease_fences_the_work_at_its_next_step(held: tuple[Heartbeat, Hold], worker: WorkerProcess) -> None:
     heartbeat, hold = held
     expire_lease(hold.job)
-    assert claims.job_claim(kinds=[JobKind.GENERATE], worker=worker) is not None
+    assert claim_one(kinds=[JobKind.GENERATE], worker=worker) is not None
     heartbeat.beat()
     with pytest.raises(Fenced):
         hold.report(Progress(stage="training", step=1, total=9))
@@ -85,7 +86,7 @@ def test_a_wish_for_room_reaches_a_training_at_its_next_step_as_a_pause(
     make_job: MakeJob, worker: WorkerProcess
 ) -> None:
     job = make_job(kind=JobKind.TRAIN)
-    claim = claims.job_claim(kinds=[JobKind.TRAIN], worker=worker)
+    claim = claim_one(kinds=[JobKind.TRAIN], worker=worker)
     assert claim is not None
     heartbeat = Heartbeat(worker)
     hold = heartbeat.take(claim)
@@ -102,7 +103,7 @@ def test_a_job_that_this_process_lost_and_claimed_anew_is_two_holds_of_which_the
 ) -> None:
     heartbeat, first = held
     expire_lease(first.job)
-    claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+    claim = claim_one(kinds=[JobKind.GENERATE], worker=worker)
     assert claim is not None
     second = heartbeat.take(claim)
     heartbeat.let_go(first)

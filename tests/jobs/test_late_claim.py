@@ -6,9 +6,10 @@ import pytest
 from django.conf import settings
 
 from core import failpoints
-from jobs import claims
 from jobs.heartbeat import Fenced, Hold
 from jobs.models import WorkerProcess
+from jobs.status import JobKind
+from tests.factories import claim_one
 from tests.jobs.conftest import MakeJob
 
 
@@ -18,15 +19,17 @@ def test_a_worker_that_heard_of_its_claim_after_the_lease_ran_out_does_not_begin
     monkeypatch.setitem(settings.LORASITE, "LEASE_SECONDS", 1.0)
 
     def answer_late(point: str) -> None:
-        if point == "claim.commit_one:after":
+        if point == "claim.commit:after":
             time.sleep(1.0)
 
+    make_job()
     failpoints.install(answer_late)
     try:
-        late = claims.take(make_job().pk, worker)
+        late = claim_one(kinds=[JobKind.GENERATE], worker=worker)
     finally:
         failpoints.install(None)
-    prompt = claims.take(make_job().pk, worker)
+    make_job()
+    prompt = claim_one(kinds=[JobKind.GENERATE], worker=worker)
     assert late is not None
     assert prompt is not None
     Hold(prompt, lambda: False).check()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from jobs import claims
 from jobs.life_locks import _boot_id, dead_workers_close
 from jobs.models import Job, WorkerProcess
 from jobs.status import AttemptOutcome, JobState, WorkerState
+from tests.factories import take
 from tests.jobs.conftest import MakeJob
 
 HOLDER = """
@@ -43,7 +43,7 @@ def living(folder: Path, worker: WorkerProcess) -> "subprocess.Popen[bytes]":
 
 def held_job(make_job: MakeJob, worker: WorkerProcess) -> Job:
     job = make_job()
-    assert claims.take(job.pk, worker) is not None
+    assert take(job, worker) is not None
     return job
 
 

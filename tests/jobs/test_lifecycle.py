@@ -7,18 +7,19 @@ import pytest
 from django.db import IntegrityError, connection, transaction
 from django.utils import timezone
 
-from jobs import claims, leases, lifecycle, recovery
+from jobs import leases, lifecycle, recovery
 from jobs.errors import Conflict, LeaseLost
 from jobs.models import Job, JobAttempt, OwnerUsage, User, WorkerProcess
 from jobs.status import TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState
 from jobs.workers import worker_register
+from tests.factories import claim_one
 from tests.jobs.conftest import MakeJob, expire_lease
 
 KINDS = [JobKind.GENERATE]
 
 
 def claim(worker: WorkerProcess) -> lifecycle.Claim:
-    taken = claims.job_claim(kinds=KINDS, worker=worker)
+    taken = claim_one(kinds=KINDS, worker=worker)
     assert taken is not None
     return taken
 
@@ -92,20 +93,20 @@ def test_the_transition_table_has_no_way_out_of_a_final_state() -> None:
 
 def test_nothing_to_claim_is_none(make_job: MakeJob, worker: WorkerProcess) -> None:
     make_job(kind=JobKind.TRAIN)
-    assert claims.job_claim(kinds=KINDS, worker=worker) is None
+    assert claim_one(kinds=KINDS, worker=worker) is None
 
 
 def test_a_second_claim_of_the_same_job_finds_nothing(make_job: MakeJob, worker: WorkerProcess) -> None:
     make_job()
     claim(worker)
-    assert claims.job_claim(kinds=KINDS, worker=worker) is None
+    assert claim_one(kinds=KINDS, worker=worker) is None
 
 
 def test_a_delayed_job_is_not_claimed_early(make_job: MakeJob, worker: WorkerProcess) -> None:
     job = make_job()
     taken = claim(worker)
     lifecycle.job_release(job_id=job.pk, token=taken.token, reason="store is away", delay_seconds=60)
-    assert claims.job_claim(kinds=KINDS, worker=worker) is None
+    assert claim_one(kinds=KINDS, worker=worker) is None
     Job.objects.filter(pk=job.pk).update(not_before=timezone.now() - timedelta(seconds=1))
     assert claim(worker).token == taken.token + 1
 
@@ -184,6 +185,18 @@ def test_a_renewed_lease_is_not_taken(make_job: MakeJob, worker: WorkerProcess) 
     assert job.state == JobState.RUNNING
 
 
+def test_a_lease_renewed_after_it_was_read_as_expired_is_not_taken(make_job: MakeJob, worker: WorkerProcess) -> None:
+    """The sweep reads, the heartbeat renews, the sweep writes."""
+    job = make_job()
+    taken = claim(worker)
+    expire_lease(job)
+    read = Job.objects.lease_expired().get()
+    leases.leases_renew({job.pk: taken.token})
+    assert lifecycle.job_lost(job=read, reason="not heard") is None
+    job.refresh_from_db()
+    assert (job.state, job.token) == (JobState.RUNNING, taken.token)
+
+
 def test_three_losses_without_progress_are_poison(make_job: MakeJob, worker: WorkerProcess) -> None:
     job = make_job()
     for _ in range(3):
@@ -193,13 +206,13 @@ def test_three_losses_without_progress_are_poison(make_job: MakeJob, worker: Wor
     job.refresh_from_db()
     assert (job.state, job.error_code) == (JobState.FAILED, "poison")
     assert [a.outcome for a in job.attempts.all()] == [AttemptOutcome.LOST] * 3
-    assert claims.job_claim(kinds=KINDS, worker=worker) is None
+    assert claim_one(kinds=KINDS, worker=worker) is None
 
 
 def test_checkpoint_progress_makes_losses_harmless(make_job: MakeJob, worker: WorkerProcess) -> None:
     job = make_job(kind=JobKind.TRAIN)
     for step in range(1, 7):
-        taken = claims.job_claim(kinds=[JobKind.TRAIN], worker=worker)
+        taken = claim_one(kinds=[JobKind.TRAIN], worker=worker)
         assert taken is not None
         leases.checkpoint_record(job_id=job.pk, token=taken.token, step=step, files={"a": "b"})
         expire_lease(job)
@@ -283,7 +296,7 @@ def test_many_workers_at_once_claim_each_job_exactly_once() -> None:
     def work(worker: WorkerProcess) -> None:
         try:
             start.wait()
-            while (got := claims.job_claim(kinds=KINDS, worker=worker)) is not None:
+            while (got := claim_one(kinds=KINDS, worker=worker)) is not None:
                 taken.append(got)
         except BaseException as error:  # noqa: BLE001 - shown by the assertion below
             errors.append(error)

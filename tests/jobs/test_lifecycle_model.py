@@ -20,14 +20,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from core import failpoints
 from jobs import leases, lifecycle, recovery
-from jobs.claims import job_claim
 from jobs.errors import Conflict, LeaseLost
 from jobs.lifecycle import Claim
 from jobs.models import GeneratedImage, GenerationRequest, Job, JobEvent, OwnerUsage, User
 from jobs.status import LEASED, TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState
 from jobs.submission import generation_submit, job_submit
 from jobs.workers import worker_register
-from tests.factories import make_base_model
+from tests.factories import claim_one, make_base_model
 
 pytestmark = [
     pytest.mark.django_db,
@@ -151,7 +150,7 @@ class Jobs(RuleBasedStateMachine):
         who = self.workers[worker % WORKERS]
         claim = None
         with self.maybe_dying(dies):
-            claim = job_claim(kinds=[kind], worker=who)
+            claim = claim_one(kinds=[kind], worker=who)
         if claim is not None and Job.objects.filter(pk=claim.job.pk, token=claim.token).exists():
             self.check_turn(claim)
             self.claims.append(claim)

@@ -7,11 +7,11 @@ from uuid import uuid4
 import pytest
 from django.utils import timezone
 
-from jobs import claims
 from jobs.models import Job, WorkerProcess
 from jobs.preemption import Training, trainings_ask_to_yield, trainings_to_ask
 from jobs.status import JobKind
 from jobs.workers import worker_ready, worker_register
+from tests.factories import take
 from tests.jobs.conftest import MakeJob
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -65,7 +65,7 @@ def busy(worker: WorkerProcess, make_job: MakeJob) -> Job:
     """A ready worker in the middle of a training, and nobody else."""
     worker_ready(worker=worker, warm_bases=[])
     job = make_job(kind=JobKind.TRAIN)
-    assert claims.take(job.pk, worker) is not None
+    assert take(job, worker) is not None
     job.attempts.update(started_at=timezone.now() - timedelta(minutes=10))
     return job
 
@@ -128,6 +128,6 @@ def test_the_next_try_starts_without_the_wish(busy: Job, make_job: MakeJob, work
     trainings_ask_to_yield()
     busy.refresh_from_db()
     job_preempted(job_id=busy.pk, token=busy.token, reason="somebody waits")
-    assert claims.take(busy.pk, worker) is not None
+    assert take(busy, worker) is not None
     assert not wishes(busy)
     assert trainings_ask_to_yield() == 0, "it yielded less than a minute ago"

@@ -5,18 +5,19 @@ from pathlib import Path
 from django.conf import settings
 
 from core.errors import TrainingDiverged
-from jobs import claims, lifecycle, recovery
+from jobs import lifecycle, recovery
 from jobs.drain import run
 from jobs.heartbeat import Hold
 from jobs.models import WorkerProcess
 from jobs.scratch import scratch_open, scratch_remove, scratch_sweep
 from jobs.status import JobKind
 from jobs.worker_context import WorkerContext
+from tests.factories import claim_one
 from tests.jobs.conftest import MakeJob, expire_lease
 
 
 def take(worker: WorkerProcess) -> Hold:
-    claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+    claim = claim_one(kinds=[JobKind.GENERATE], worker=worker)
     assert claim is not None
     return Hold(claim, lambda: False)
 

@@ -9,21 +9,20 @@ from typing import Any
 import pytest
 
 from core.errors import Paused
-from jobs import claims
-from jobs.artifacts import artifact_open
+from jobs.artifacts import artifact_name, artifact_open, blob_store
 from jobs.drain import run
 from jobs.models import Job, LoraVersion, User
 from jobs.scratch import scratch_open
 from jobs.status import JobKind, JobState
 from jobs.work.train import TrainWork
 from jobs.worker_context import WorkerContext
-from tests.factories import make_training
+from tests.factories import claim_one, make_training
 from tests.jobs.storages import OUTAGE
 
 
 def take_training(context: WorkerContext, owner: User) -> Any:
     make_training(owner)
-    claim = claims.job_claim(kinds=[JobKind.TRAIN], worker=context.worker)
+    claim = claim_one(kinds=[JobKind.TRAIN], worker=context.worker)
     assert claim is not None
     return context.heartbeat.take(claim)
 
@@ -91,7 +90,7 @@ def test_a_pause_waits_for_the_last_checkpoint_and_the_next_try_finds_its_files(
         seen.append((folder / "checkpoints/step-000004/state.json").read_text())
         return finished(folder)
 
-    claim = claims.job_claim(kinds=[JobKind.TRAIN], worker=context.worker)
+    claim = claim_one(kinds=[JobKind.TRAIN], worker=context.worker)
     assert claim is not None
     run([context.heartbeat.take(claim)], lambda hold: TrainWork(hold, run=training(go_on)))
     context.uploader.turn()
@@ -130,3 +129,31 @@ def test_an_outage_never_stops_a_training_and_its_result_makes_waiting_checkpoin
     assert (job.state, job.checkpoint_step) == (JobState.SUCCEEDED, 0)
     assert not scratch_open(hold).parent.joinpath("outbox").exists()
     shutil.rmtree(scratch_open(hold).parent)
+
+
+def test_a_lora_whose_bytes_vanished_before_the_record_is_stored_again(context: WorkerContext, owner: User) -> None:
+    """Until its record, nothing names what a job stored: a sweep may remove it when the job was slow."""
+
+    class Swept(TrainWork):
+        stores = 0
+
+        def store(self) -> None:
+            super().store()
+            Swept.stores += 1
+            if Swept.stores == 1:
+                blob_store().delete(artifact_name(self.kohya_sha256))
+
+    def steps(folder: Path, on_checkpoint: Callable[[Path, int], None]) -> Any:
+        on_checkpoint(save(folder, 2), 2)
+        return finished(folder)
+
+    hold = take_training(context, owner)
+    run([hold], lambda hold: Swept(hold, run=training(steps)))
+    context.uploader.turn()
+    assert not LoraVersion.objects.exists()
+    for upload in context.uploader._pending:
+        upload.due_at = 0.0
+    context.uploader.turn()
+    assert Swept.stores == 2
+    assert Job.objects.get(pk=hold.job.pk).state == JobState.SUCCEEDED
+    assert text_of(LoraVersion.objects.get().kohya_sha256) == "kohya"

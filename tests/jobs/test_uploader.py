@@ -12,7 +12,7 @@ from django.db import connection
 from django.test import override_settings
 
 from core.progress import Progress
-from jobs import claims, lifecycle
+from jobs import lifecycle
 from jobs.artifacts import artifact_put, hash_stream
 from jobs.backoff import Backoff
 from jobs.drain import drain, run
@@ -24,6 +24,7 @@ from jobs.scratch import scratch_open
 from jobs.status import AttemptOutcome, JobKind, JobState
 from jobs.uploader import Upload, Uploader
 from jobs.worker_context import ShutdownFlag, WorkerContext, enter
+from tests.factories import claim_one
 from tests.jobs.conftest import MakeJob, expire_lease
 from tests.jobs.storages import OUTAGE, Outage
 
@@ -101,7 +102,7 @@ def states() -> list[str]:
 
 
 def take(context: WorkerContext, kind: JobKind = JobKind.GENERATE) -> Hold:
-    claim = claims.job_claim(kinds=[kind], worker=context.worker)
+    claim = claim_one(kinds=[kind], worker=context.worker)
     assert claim is not None
     return context.heartbeat.take(claim)
 
@@ -164,7 +165,7 @@ def test_a_job_that_was_taken_over_while_its_results_waited_publishes_nothing(
     successor = None
     while successor is None:  # The heartbeat may renew between the two statements.
         expire_lease(job)
-        successor = claims.job_claim(kinds=[JobKind.GENERATE], worker=running.worker)
+        successor = claim_one(kinds=[JobKind.GENERATE], worker=running.worker)
     until(lambda: running.heartbeat.holds() == [], "the zombie lets go")
     outage.is_on = False
     time.sleep(0.3)
@@ -281,7 +282,7 @@ def test_results_that_an_outage_keeps_longer_than_the_lease_are_computed_by_anot
     run([take(cut_off)], Painting)
     cut_off.uploader.turn()
     expire_lease(job)
-    successor = claims.job_claim(kinds=[JobKind.GENERATE], worker=worker)
+    successor = claim_one(kinds=[JobKind.GENERATE], worker=worker)
     assert successor is not None
     outage.is_on = False
     time.sleep(0.6)

@@ -13,13 +13,13 @@ from django.urls import reverse
 from django.utils import timezone
 from rest_framework.test import APIClient
 
-from jobs import claims, lifecycle, recovery
+from jobs import lifecycle, recovery
 from jobs.models import Job, JobAttempt, User, WorkerProcess
 from jobs.models.job import SPEC_VERSION
 from jobs.queue import waiting_by_kind
 from jobs.status import JobKind, JobState
 from jobs.submission import job_submit
-from tests.factories import bring_to, make_job, make_worker
+from tests.factories import bring_to, claim_one, make_job, make_worker, take
 
 FIRST = [("jobs", "0001_initial")]
 
@@ -55,7 +55,7 @@ def test_a_job_of_the_first_release_is_claimed_and_finished_by_todays_code(first
     assert (job.spec_version, job.batch_key, job.estimated_seconds, job.memory_rung) == (1, "", 0.0, 0)
     assert abs(job.queued_at - timezone.now()) < timedelta(seconds=60)
     assert waiting_by_kind() == {"generate": 1}
-    claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=make_worker())
+    claim = claim_one(kinds=[JobKind.GENERATE], worker=make_worker())
     assert claim is not None and claim.job.pk == old.pk
     lifecycle.job_uploading(job_id=job.pk, token=claim.token)
     lifecycle.job_succeed(job_id=job.pk, token=claim.token)
@@ -83,7 +83,7 @@ def test_the_first_release_claims_loses_and_ends_todays_jobs(first_apps: Apps, o
     # The old worker's late writes name a token that the row still has, but no state that allows them.
     assert not OldJob.objects.filter(pk=job.pk, token=1, state__in=["running", "uploading"]).update(state="uploading")
 
-    claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=make_worker())
+    claim = claim_one(kinds=[JobKind.GENERATE], worker=make_worker())
     assert claim is not None and claim.token == 2
     ended = OldJob.objects.filter(pk=job.pk, token=1).update(state="failed", error_code="x", lease_until=None)
     assert not ended, "fenced"
@@ -196,8 +196,8 @@ def job_of_tomorrow(owner: User) -> Job:
 
 def test_a_job_of_a_newer_specification_is_left_to_newer_workers(job_of_tomorrow: Job) -> None:
     worker = make_worker()
-    assert claims.job_claim(kinds=list(JobKind), worker=worker) is None
-    assert claims.take(job_of_tomorrow.pk, worker) is None
+    assert claim_one(kinds=list(JobKind), worker=worker) is None
+    assert take(job_of_tomorrow, worker) is None
     assert waiting_by_kind() == {}, "the dispatcher rings nobody for it"
     job_of_tomorrow.refresh_from_db()
     assert (job_of_tomorrow.state, job_of_tomorrow.attempts_count) == (JobState.QUEUED, 0)
@@ -206,7 +206,7 @@ def test_a_job_of_a_newer_specification_is_left_to_newer_workers(job_of_tomorrow
 def test_a_job_of_a_newer_specification_does_not_stand_in_the_way_of_others(job_of_tomorrow: Job, owner: User) -> None:
     other = make_job(owner, base_model=job_of_tomorrow.base_model)
     assert waiting_by_kind() == {"generate": 1}
-    claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=make_worker())
+    claim = claim_one(kinds=[JobKind.GENERATE], worker=make_worker())
     assert claim is not None and claim.job.pk == other.pk
 
 

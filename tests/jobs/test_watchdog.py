@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from django.conf import settings
 
-from jobs import claims
 from jobs.heartbeat import Hold
 from jobs.models import Job
 from jobs.status import AttemptOutcome, JobKind, JobState
 from jobs.watchdog import EXIT_STUCK, Watchdog
 from jobs.worker_context import WorkerContext
+from tests.factories import claim_one
 from tests.jobs.conftest import MakeJob
 
 
 def take(context: WorkerContext) -> Hold:
-    claim = claims.job_claim(kinds=[JobKind.GENERATE], worker=context.worker)
+    claim = claim_one(kinds=[JobKind.GENERATE], worker=context.worker)
     assert claim is not None
     return context.heartbeat.take(claim)
 

@@ -1,0 +1,148 @@
+"""Statements of the ORM that are compiled once per process and then only sent, for paths where each one is run often.
+
+Django builds and compiles a statement anew at every run, which takes longer than the database needs to answer.
+What is here knows no table: the statements stand with the code that sends them.
+"""
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from django.db import connection
+from django.db.models import Expression, Field, Model, QuerySet
+from django.db.models.sql import InsertQuery, UpdateQuery
+from django.db.models.sql.compiler import SQLCompiler
+
+
+class Parameter(Expression):
+    """Stands in a statement for a value that each run brings along.
+
+    Args:
+        name: Keyword under which a run brings it.
+        output_field: Turns the value into what the database takes.
+    """
+
+    def __init__(self, name: str, output_field: "Field[Any, Any]") -> None:
+        super().__init__(output_field=output_field)
+        self.name = name
+
+    def as_sql(self, compiler: SQLCompiler, connection: Any) -> tuple[str, Any]:
+        """A placeholder whose parameter is this object itself, until a run replaces it."""
+        return "%s", [self]
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    sql: str
+    params: tuple[Any, ...]
+    columns: tuple[Any, ...]
+    """Of what comes back: they know how their values become Python's."""
+
+
+class _Statement:
+    """Compiled at its first run; a second thread that does so at the same time does it for nothing."""
+
+    def __init__(self, build: Callable[..., Any]) -> None:
+        self._build = build
+        self._compiled: dict[tuple[Hashable, ...], _Compiled] = {}
+
+    def _ready(self, shape: tuple[Hashable, ...]) -> _Compiled:
+        # The kind of database is the key and no connection: processes fork, threads open connections of their own.
+        key = (connection.vendor, *shape)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(shape)
+        return self._compiled[key]
+
+    def _compile(self, shape: tuple[Hashable, ...]) -> _Compiled:
+        raise NotImplementedError
+
+
+class Read(_Statement):
+    """A query for rows of columns.
+
+    Args:
+        build: Makes the queryset, with `values_list` of its columns, for the shape of a run.
+    """
+
+    def rows(self, *shape: Hashable, **values: Any) -> list[list[Any]]:
+        """Send it.
+
+        Args:
+            shape: What changes the statement's text, such as how many values there are; each is compiled by itself.
+            values: Of its parameters.
+        """
+        compiled = self._ready(shape)
+        with connection.cursor() as cursor:
+            cursor.execute(compiled.sql, _params(compiled, values))
+            rows = [list(row) for row in cursor.fetchall()]
+        for number, column in enumerate(compiled.columns):
+            for convert in (*connection.ops.get_db_converters(column), *column.get_db_converters(connection)):
+                for row in rows:
+                    row[number] = convert(row[number], column, connection)
+        return rows
+
+    def _compile(self, shape: tuple[Hashable, ...]) -> _Compiled:
+        queryset: QuerySet[Any, Any] = self._build(*shape)
+        compiler = queryset.query.get_compiler(using=connection.alias)
+        sql, params = compiler.as_sql()
+        columns = tuple(column[0] for column in compiler.select[: compiler.col_count])
+        return _Compiled(sql, tuple(params), columns)
+
+
+class Write(_Statement):
+    """An UPDATE or INSERT. Call `write` inside a `side_effect` and a transaction.
+
+    Args:
+        build: Makes an `update_of` or `insert_of`.
+    """
+
+    def write(self, **values: Any) -> int:
+        """Send it with these values of its parameters. Returns how many rows it changed or made."""
+        compiled = self._ready(())
+        with connection.cursor() as cursor:
+            cursor.execute(compiled.sql, _params(compiled, values))
+            return int(cursor.rowcount)
+
+    def _compile(self, shape: tuple[Hashable, ...]) -> _Compiled:
+        statement = self._build().get_compiler(using=connection.alias).as_sql()
+        # An INSERT comes as a list, here of one.
+        sql, params = statement[0] if isinstance(statement, list) else statement
+        return _Compiled(sql, tuple(params), ())
+
+
+def parameters(name: str, count: int, output_field: "Field[Any, Any]") -> list[Any]:
+    """For `__in`: a run brings its values by `listed(name, count, values)`."""
+    return [Parameter(f"{name}_{number}", output_field) for number in range(count)]
+
+
+def listed(name: str, count: int, values: Iterable[Any]) -> dict[str, Any]:
+    """Values of `parameters(name, count, ...)`; the last one again and again where there are fewer than `count`."""
+    given = list(values)
+    return {f"{name}_{number}": given[min(number, len(given) - 1)] for number in range(count)}
+
+
+def rounded_up(count: int) -> int:
+    """The next power of two: lists of all lengths share few compiled statements."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def update_of(rows: "QuerySet[Any]", **columns: Any) -> UpdateQuery:
+    """`rows.update(**columns)`, not run."""
+    query: Any = rows.query.chain(UpdateQuery)
+    query.add_update_values(columns)
+    return query
+
+
+def insert_of(row: Model) -> InsertQuery:
+    """`row.save(force_insert=True)`, not run; the database numbers the row, and nobody asks for the number."""
+    fields = [field for field in row._meta.concrete_fields if field is not row._meta.auto_field]
+    query = InsertQuery(type(row))
+    query.insert_values(fields, [row])
+    return query
+
+
+def _params(compiled: _Compiled, values: dict[str, Any]) -> list[Any]:
+    return [
+        param.output_field.get_db_prep_value(values[param.name], connection) if isinstance(param, Parameter) else param
+        for param in compiled.params
+    ]
