@@ -8,7 +8,8 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from django.db import connection
+from django.db import DEFAULT_DB_ALIAS, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Expression, Field, Model, QuerySet
 from django.db.models.sql import InsertQuery, UpdateQuery
 from django.db.models.sql.compiler import SQLCompiler
@@ -35,8 +36,8 @@ class Parameter(Expression):
 class _Compiled:
     sql: str
     params: tuple[Any, ...]
-    columns: tuple[Any, ...]
-    """Of what comes back: they know how their values become Python's."""
+    columns: tuple[tuple[int, Any], ...] = ()
+    """(place, column) of those whose values in this kind of database are not yet Python's."""
 
 
 class _Statement:
@@ -46,14 +47,14 @@ class _Statement:
         self._build = build
         self._compiled: dict[tuple[Hashable, ...], _Compiled] = {}
 
-    def _ready(self, shape: tuple[Hashable, ...]) -> _Compiled:
+    def _ready(self, connection: BaseDatabaseWrapper, shape: tuple[Hashable, ...]) -> _Compiled:
         # The kind of database is the key and no connection: processes fork, threads open connections of their own.
         key = (connection.vendor, *shape)
         if key not in self._compiled:
-            self._compiled[key] = self._compile(shape)
+            self._compiled[key] = self._compile(connection, shape)
         return self._compiled[key]
 
-    def _compile(self, shape: tuple[Hashable, ...]) -> _Compiled:
+    def _compile(self, connection: BaseDatabaseWrapper, shape: tuple[Hashable, ...]) -> _Compiled:
         raise NotImplementedError
 
 
@@ -71,22 +72,24 @@ class Read(_Statement):
             shape: What changes the statement's text, such as how many values there are; each is compiled by itself.
             values: Of its parameters.
         """
-        compiled = self._ready(shape)
+        connection = connections[DEFAULT_DB_ALIAS]
+        compiled = self._ready(connection, shape)
         with connection.cursor() as cursor:
-            cursor.execute(compiled.sql, _params(compiled, values))
+            cursor.execute(compiled.sql, _params(compiled, values, connection))
             rows = [list(row) for row in cursor.fetchall()]
-        for number, column in enumerate(compiled.columns):
-            for convert in (*connection.ops.get_db_converters(column), *column.get_db_converters(connection)):
+        for number, column in compiled.columns:
+            for convert in _converters(column, connection):
                 for row in rows:
                     row[number] = convert(row[number], column, connection)
         return rows
 
-    def _compile(self, shape: tuple[Hashable, ...]) -> _Compiled:
+    def _compile(self, connection: BaseDatabaseWrapper, shape: tuple[Hashable, ...]) -> _Compiled:
         queryset: QuerySet[Any, Any] = self._build(*shape)
         compiler = queryset.query.get_compiler(using=connection.alias)
         sql, params = compiler.as_sql()
-        columns = tuple(column[0] for column in compiler.select[: compiler.col_count])
-        return _Compiled(sql, tuple(params), columns)
+        columns = enumerate(column[0] for column in compiler.select[: compiler.col_count])
+        converted = tuple((number, column) for number, column in columns if _converters(column, connection))
+        return _Compiled(sql, tuple(params), converted)
 
 
 class Write(_Statement):
@@ -98,16 +101,17 @@ class Write(_Statement):
 
     def write(self, **values: Any) -> int:
         """Send it with these values of its parameters. Returns how many rows it changed or made."""
-        compiled = self._ready(())
+        connection = connections[DEFAULT_DB_ALIAS]
+        compiled = self._ready(connection, ())
         with connection.cursor() as cursor:
-            cursor.execute(compiled.sql, _params(compiled, values))
+            cursor.execute(compiled.sql, _params(compiled, values, connection))
             return int(cursor.rowcount)
 
-    def _compile(self, shape: tuple[Hashable, ...]) -> _Compiled:
+    def _compile(self, connection: BaseDatabaseWrapper, shape: tuple[Hashable, ...]) -> _Compiled:
         statement = self._build().get_compiler(using=connection.alias).as_sql()
         # An INSERT comes as a list, here of one.
         sql, params = statement[0] if isinstance(statement, list) else statement
-        return _Compiled(sql, tuple(params), ())
+        return _Compiled(sql, tuple(params))
 
 
 def parameters(name: str, count: int, output_field: "Field[Any, Any]") -> list[Any]:
@@ -141,8 +145,12 @@ def insert_of(row: Model) -> InsertQuery:
     return query
 
 
-def _params(compiled: _Compiled, values: dict[str, Any]) -> list[Any]:
+def _params(compiled: _Compiled, values: dict[str, Any], connection: BaseDatabaseWrapper) -> list[Any]:
     return [
         param.output_field.get_db_prep_value(values[param.name], connection) if isinstance(param, Parameter) else param
         for param in compiled.params
     ]
+
+
+def _converters(column: Any, connection: BaseDatabaseWrapper) -> list[Any]:
+    return [*connection.ops.get_db_converters(column), *column.get_db_converters(connection)]
