@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
 import redis
+from botocore.exceptions import BotoCoreError, ClientError
 
 from core.die_with_parent import die_with_parent
 
@@ -159,7 +161,25 @@ def seaweedfs(folder: Path) -> Iterator[S3]:
                 return False
 
         wait_until(healthy, "SeaweedFS is healthy", seconds=60, log=log)
-        yield S3(f"http://127.0.0.1:{s3}", access, secret, "artifacts")
+        server = S3(f"http://127.0.0.1:{s3}", access, secret, "artifacts")
+        wait_until(lambda: _has_bucket(server), "SeaweedFS has made its bucket", seconds=60, log=log)
+        yield server
+
+
+def _has_bucket(server: S3) -> bool:
+    """Whether it is there: on a busy machine it comes seconds after the server says that it is healthy."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.endpoint_url,
+        region_name="us-east-1",
+        aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
+    )
+    try:
+        client.head_bucket(Bucket=server.bucket)
+    except (ClientError, BotoCoreError):
+        return False
+    return True
 
 
 def free_port_block(count: int) -> list[int]:

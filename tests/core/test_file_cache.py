@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.file_cache import CachedFileDamaged, FileCache
+from tests.write_order import write_order
 
 CONTENT = b"the right bytes"
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -63,3 +64,10 @@ def test_a_copy_may_be_changed_without_touching_the_cache(tmp_path: Path) -> Non
     cache.copy_to(SHA, tmp_path / "deep" / "copy")
     (tmp_path / "deep" / "copy").write_bytes(b"mine")
     assert cache.get(SHA).read_bytes() == CONTENT
+
+
+def test_bytes_are_durable_before_they_get_their_name(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, download=lambda s, d: d.write_bytes(CONTENT) and None)
+    with write_order() as order:
+        cache.get(SHA)
+    assert order == ["write", "fsync", "rename"]

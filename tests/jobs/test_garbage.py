@@ -217,6 +217,16 @@ def test_a_store_that_does_not_answer_ends_the_sweep_and_the_next_one_goes_on() 
 
 @pytest.mark.django_db
 @pytest.mark.usefixtures("at_once")
+def test_a_blob_that_was_recorded_after_it_was_chosen_stays() -> None:
+    """The sweep chooses, a job records, the sweep removes."""
+    chosen = [store(), store()]
+    record("base", chosen[:1])
+    assert garbage.artifacts_remove(chosen) == 1
+    assert stored_names() == set(chosen[:1])
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("at_once")
 def test_a_blob_without_bytes_is_not_pinned_and_its_row_goes() -> None:
     artifact_announce("a" * 64, 5)
     with pytest.raises(ArtifactMissing), transaction.atomic():

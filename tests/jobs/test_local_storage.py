@@ -8,6 +8,7 @@ import pytest
 from django.core.files.base import ContentFile, File
 
 from jobs.local_storage import LocalArtifactStorage
+from tests.write_order import write_order
 
 
 @pytest.fixture
@@ -45,3 +46,12 @@ def test_writers_at_once_end_with_the_right_bytes(storage: LocalArtifactStorage,
         writer.join()
     assert (tmp_path / "sha256/aa/x").read_bytes() == content
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["x"]
+
+
+def test_bytes_are_durable_before_their_name_and_the_name_before_the_answer(storage: LocalArtifactStorage) -> None:
+    with write_order() as stored:
+        storage.save("sha256/aa/x", ContentFile(b"torn"))
+    assert stored == ["write", "fsync", "link", "fsync"]
+    with write_order() as replaced:
+        storage.replace("sha256/aa/x", ContentFile(b"right"))
+    assert replaced == ["write", "fsync", "rename", "fsync"]
