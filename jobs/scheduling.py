@@ -14,6 +14,8 @@ TURN_SECONDS = 10.0
 """Owners whose use differs by less count as served equally, so that a warm base and age decide between them."""
 AFFINITY_SECONDS = 30.0
 """A job that waited longer is never passed over for one whose base or LoRA is warm."""
+FETCH_SECONDS = 2.0
+"""So long a new job whose LoRA is still being fetched lets others go first: no device waits for it."""
 STARVING_SECONDS = 600.0
 """An owner who waits and got nothing for so long has a turn, however much was used before."""
 TRAINING_PATIENCE_SECONDS = 120.0
@@ -84,8 +86,9 @@ def decayed(worker_seconds: float, as_of: datetime, now: datetime) -> float:
 class Scheduler:
     """The order of turns at one moment for one worker.
 
-    1. lost work; 2. owners who starve, longest first; 3. the owner who was served least for their weight; among one
-    owner's jobs 4. priority; then 5. a base (and LoRA) that is warm, 6. age, 7. id. Owners at a limit are left out.
+    1. lost work; 2. owners who starve, longest first; 3. whose LoRA is not still being fetched; 4. the owner
+    who was served least for their weight; among one owner's jobs 5. priority; then 6. a base (and LoRA) that is warm,
+    7. age, 8. id. Owners at a limit are left out.
 
     Args:
         now: The one clock; times in the future count as now.
@@ -93,7 +96,7 @@ class Scheduler:
         running: Everything that runs now.
         limits: {kind: jobs of one person that may run at once}; other kinds have no limit.
         warm_bases: Fingerprints loaded in this worker.
-        warm_loras: LoRAs at hand in this worker.
+        warm_loras: LoRAs at hand in this worker; empty: it does not fetch ahead, and they decide nothing.
     """
 
     def __init__(
@@ -173,6 +176,16 @@ class Scheduler:
                     pictures += job.pictures
         return chosen
 
+    def is_coming(self, job: Candidate) -> bool:
+        """Whether a LoRA of it is not at hand and there was hardly time to fetch it: a free worker may leave it, too.
+
+        A worker that fetches ahead takes it as soon as it is there; taken now, it would hold a device that computes
+        nothing. One whose LoRAs nobody names (`warm_loras` empty) never is.
+        """
+        if not self._warm_loras or self._warm_loras.issuperset(job.loras):
+            return False
+        return self._waited(job.queued_at) < FETCH_SECONDS
+
     def may_start(self, job: Candidate, *, interactive: Iterable[Candidate], free_workers: int) -> bool:
         """Whether work that nobody sits and waits for may take this worker.
 
@@ -191,12 +204,13 @@ class Scheduler:
 
     def _between_owners(
         self, head: Candidate, ahead_seconds: float, starves: bool
-    ) -> tuple[bool, bool, int, int, datetime, UUID]:
+    ) -> tuple[bool, bool, bool, int, int, datetime, UUID]:
         weight = self._owners.get(head.owner_id, Owner()).weight
         turns = int((self.served(head.owner_id) + ahead_seconds / weight) // TURN_SECONDS)
         if starves:
             turns = 0
-        return (not head.was_lost, not starves, turns, 0 if starves else self._cold(head), head.created_at, head.job_id)
+        cold = 0 if starves else self._cold(head)
+        return (not head.was_lost, not starves, self.is_coming(head), turns, cold, head.created_at, head.job_id)
 
     def _cold(self, job: Candidate) -> int:
         """0: everything is at hand, or the job waited too long for that to matter; 1: a LoRA is not; 2: the base."""

@@ -5,11 +5,11 @@ Whose turn it is decides the production class `jobs.scheduling.Scheduler`; nothi
 
 import heapq
 import itertools
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple, cast
 from uuid import UUID
 
 from jobs.scheduling import Candidate, Owner, Running, Scheduler, decayed
@@ -18,7 +18,7 @@ from jobs.status import JobKind
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 SEEN_PER_OWNER = 2
 PREFETCHED_JOBS = 4
-"""The first jobs of the line whose LoRAs a worker fetches while it works."""
+"""The first jobs of the line (by turn, whatever is warm) whose LoRAs every worker fetches beside its work."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Arrival:
 
     at: float
     owner: int
-    lora: int
+    lora: str
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,25 @@ class Served:
         return self.ended - self.arrival.at
 
 
+class Waiting(NamedTuple):
+    """A request in the line; compares by number, which is its age."""
+
+    number: int
+    arrival: Arrival
+    candidate: Candidate
+
+
 @dataclass
 class Worker:
     """A device with room for some LoRAs (least recently used goes first) and threads that fetch."""
 
     slots: int
-    resident: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    fetching: dict[int, float] = field(default_factory=dict)
+    resident: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    fetching: dict[str, float] = field(default_factory=dict)
     """LoRA: when it will be here, s."""
     busy: bool = False
 
-    def hold(self, lora: int) -> None:
+    def hold(self, lora: str) -> None:
         self.resident[lora] = None
         self.resident.move_to_end(lora)
         while len(self.resident) > self.slots:
@@ -70,7 +78,8 @@ class Fleet:
 
     Attributes:
         fair: The production rules; otherwise first come, first served.
-        prefetch: LoRAs of the first waiting jobs are fetched while a worker works.
+        prefetch: LoRAs of the first waiting jobs are fetched while a worker works; under the fair rules, while it is
+            free as well, and it takes a new job when its LoRA has come.
         shared: The workers are of one node and share what all of them hold; otherwise each has its own.
         limit: Jobs of one person at once under the fair rules.
     """
@@ -96,7 +105,10 @@ class Simulation:
             node = Worker(fleet.workers * fleet.slots)
             self.workers = [Worker(node.slots, node.resident, node.fetching) for _ in range(fleet.workers)]
         self.now = 0.0
-        self._line: dict[int, deque[tuple[int, Arrival]]] = defaultdict(deque)
+        self.fetches = 0
+        """Reads of a LoRA from S3."""
+        self._line: dict[int, deque[Waiting]] = {}
+        self._waiting = 0
         self._running: dict[int, Running] = {}
         self._used: dict[int, tuple[float, float]] = {}
         self._events: list[tuple[float, int, str, Any]] = []
@@ -109,12 +121,17 @@ class Simulation:
             self._at(arrival.at, "arrival", arrival)
         while self._events:
             self.now, number, what, about = heapq.heappop(self._events)
-            if what == "arrival":
-                self._line[about.owner].append((number, about))
-            elif what == "fetched":
+            if what == "fetched":
                 worker, lora = about
                 worker.fetching.pop(lora, None)
                 worker.hold(lora)
+                if not self.fleet.fair or all(other.busy for other in self.workers):
+                    continue
+            elif what == "arrival":
+                self._line.setdefault(about.owner, deque()).append(
+                    Waiting(number, about, self._candidate(number, about))
+                )
+                self._waiting += 1
             else:
                 worker, key, served = about
                 worker.busy = False
@@ -122,9 +139,9 @@ class Simulation:
                 del self._running[key]
                 done.append(served)
             for worker in self.workers:
-                if not worker.busy:
+                if self._waiting and not worker.busy:
                     self._start(worker)
-            if self.fleet.prefetch:
+            if self.fleet.prefetch and self._waiting:
                 self._fetch_ahead()
         return done
 
@@ -132,147 +149,92 @@ class Simulation:
         heapq.heappush(self._events, (when, next(self._numbers), what, about))
 
     def _start(self, worker: Worker) -> None:
-        first = next(iter(self._order(worker, 1)), None)
+        first = self._first(worker)
         if first is None:
             return
-        number, job = first
+        job = first.arrival
         self._line[job.owner].remove(first)
+        self._waiting -= 1
         if not self._line[job.owner]:
             del self._line[job.owner]
-        if job.lora in worker.resident:
-            ready = self.fleet.swap
-        else:
-            ready = worker.fetching.get(job.lora, self.now + self.fleet.miss) - self.now + self.fleet.swap
+        ready = self.fleet.swap
+        if job.lora not in worker.resident:
+            self.fetches += job.lora not in worker.fetching
+            ready += worker.fetching.get(job.lora, self.now + self.fleet.miss) - self.now
         worker.hold(job.lora)
         worker.busy = True
-        self._running[number] = Running(
-            owner_id=UUID(int=job.owner),
+        self._running[first.number] = Running(
+            owner_id=_name(job.owner),
             kind=JobKind.GENERATE,
             started_at=_moment(self.now),
             estimated_seconds=self.fleet.service,
         )
         end = self.now + ready + self.fleet.service
-        self._at(end, "ended", (worker, number, Served(job, self.now, end)))
+        self._at(end, "ended", (worker, first.number, Served(job, self.now, end)))
 
-    def _order(self, worker: Worker, count: int) -> list[tuple[int, Arrival]]:
-        """The first of the line as this worker would take them."""
+    def _first(self, worker: Worker) -> Waiting | None:
+        """Whom this free worker takes now."""
+        at_hand = frozenset(worker.resident)
+        first = next(iter(self._order(1, at_hand)), None)
+        if first is not None and self.fleet.fair and self._rules(at_hand).is_coming(first.candidate):
+            return None
+        return first
+
+    def _order(self, count: int, at_hand: frozenset[str] = frozenset()) -> list[Waiting]:
+        """The first of the line: of each person's oldest, as many as a claim looks at."""
+        per_owner = max(count, SEEN_PER_OWNER)
+        seen = [waiting for own in self._line.values() for waiting in itertools.islice(own, per_owner)]
         if not self.fleet.fair:
-            heads = heapq.merge(*(itertools.islice(own, count) for own in self._line.values()))
-            return list(itertools.islice(heads, count))
-        seen = {
-            entry[0]: entry
-            for own in self._line.values()
-            for entry in itertools.islice(own, max(count, SEEN_PER_OWNER))
-        }
-        if not seen:
-            return []
+            return heapq.nsmallest(count, seen)
+        by_id = {waiting.candidate.job_id: waiting for waiting in seen}
+        ordered = self._rules(at_hand).order([waiting.candidate for waiting in seen])
+        return [by_id[candidate.job_id] for candidate in itertools.islice(ordered, count)]
+
+    def _rules(self, at_hand: frozenset[str]) -> Scheduler:
         now = _moment(self.now)
-        scheduler = Scheduler(
+        return Scheduler(
             now=now,
             owners={
-                UUID(int=owner): Owner(used_seconds=decayed(used, _moment(at), now), served_at=_moment(at))
-                for owner, (used, at) in self._used.items()
-                if owner in self._line
+                _name(owner): Owner(used_seconds=decayed(used, _moment(at), now), served_at=_moment(at))
+                for owner, (used, at) in ((owner, self._used[owner]) for owner in self._line if owner in self._used)
             },
             running=tuple(self._running.values()),
             limits={JobKind.GENERATE: self.fleet.limit},
-            warm_loras=frozenset(map(str, worker.resident)),
+            warm_loras=at_hand,
         )
-        candidates = [
-            Candidate(
-                job_id=UUID(int=number),
-                owner_id=UUID(int=job.owner),
-                created_at=_moment(job.at),
-                queued_at=_moment(job.at),
-                loras=(str(job.lora),),
-                estimated_seconds=self.fleet.service,
-            )
-            for number, job in seen.values()
-        ]
-        return [seen[job.job_id.int] for job in itertools.islice(scheduler.order(candidates), count)]
 
     def _fetch_ahead(self) -> None:
+        # A line shorter than what is fetched needs no order.
+        short = self._waiting <= PREFETCHED_JOBS
+        next_ones = itertools.chain(*self._line.values()) if short else self._order(PREFETCHED_JOBS)
+        loras = [waiting.arrival.lora for waiting in next_ones]
         for worker in self.workers:
-            if not worker.busy or not self._line:
-                continue
-            for _, job in self._order(worker, PREFETCHED_JOBS):
-                if job.lora not in worker.resident and job.lora not in worker.fetching:
-                    worker.fetching[job.lora] = self.now + self.fleet.miss
-                    self._at(self.now + self.fleet.miss, "fetched", (worker, job.lora))
+            if worker.busy or self.fleet.fair:
+                for lora in loras:
+                    if lora not in worker.resident and lora not in worker.fetching:
+                        self.fetches += 1
+                        worker.fetching[lora] = self.now + self.fleet.miss
+                        self._at(self.now + self.fleet.miss, "fetched", (worker, lora))
+
+    def _candidate(self, number: int, arrival: Arrival) -> Candidate:
+        return Candidate(
+            job_id=_name(number),
+            owner_id=_name(arrival.owner),
+            created_at=_moment(arrival.at),
+            queued_at=_moment(arrival.at),
+            loras=(arrival.lora,),
+            estimated_seconds=self.fleet.service,
+        )
 
     def _count(self, owner: int, seconds: float) -> None:
         used, at = self._used.get(owner, (0.0, self.now))
         self._used[owner] = (decayed(used, _moment(at), _moment(self.now)) + seconds, self.now)
 
 
+def _name(number: int) -> UUID:
+    """The rules only compare and hash ids; numbers do both several times as fast as UUIDs."""
+    return cast(UUID, number)
+
+
 def _moment(seconds: float) -> datetime:
     return BEGIN + timedelta(seconds=seconds)
-
-
-class LruCache:
-    """Bytes; least recently used goes first."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.used = capacity, 0
-        self._entries: OrderedDict[Hashable, int] = OrderedDict()
-
-    def request(self, key: Hashable, size: int) -> bool:
-        """Whether it was there; it is afterwards."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return True
-        self._entries[key] = size
-        self.used += size
-        while self.used > self.capacity and self._entries:
-            self.used -= self._entries.popitem(last=False)[1]
-        return False
-
-
-class S3FifoCache:
-    """S3-FIFO (Yang et al., SOSP 2023) over bytes: a tenth for newcomers, a main queue, a memory of who left."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.small_capacity = capacity, capacity // 10
-        self._small: OrderedDict[Hashable, int] = OrderedDict()
-        self._main: OrderedDict[Hashable, int] = OrderedDict()
-        self._ghost: OrderedDict[Hashable, None] = OrderedDict()
-        self._hits: dict[Hashable, int] = {}
-        self.small_used = self.main_used = 0
-
-    def request(self, key: Hashable, size: int) -> bool:
-        """Whether it was there; it is afterwards."""
-        if key in self._hits:
-            self._hits[key] = min(3, self._hits[key] + 1)
-            return True
-        while self.small_used + self.main_used + size > self.capacity and self._hits:
-            self._evict()
-        self._hits[key] = 0
-        if key in self._ghost:
-            del self._ghost[key]
-            self._main[key] = size
-            self.main_used += size
-        else:
-            self._small[key] = size
-            self.small_used += size
-        return False
-
-    def _evict(self) -> None:
-        if self._small and (self.small_used > self.small_capacity or not self._main):
-            key, size = self._small.popitem(last=False)
-            self.small_used -= size
-            if self._hits[key] > 1:
-                self._hits[key] = 0
-                self._main[key] = size
-                self.main_used += size
-                return
-            self._ghost[key] = None
-            while len(self._ghost) > max(1, len(self._main)):
-                self._ghost.popitem(last=False)
-        else:
-            key, size = self._main.popitem(last=False)
-            if self._hits[key] > 0:
-                self._hits[key] -= 1
-                self._main[key] = size
-                return
-            self.main_used -= size
-        del self._hits[key]

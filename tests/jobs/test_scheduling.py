@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jobs.scheduling import (
     AFFINITY_SECONDS,
+    FETCH_SECONDS,
     STARVING_SECONDS,
     TRAINING_PATIENCE_SECONDS,
     Candidate,
@@ -119,6 +120,33 @@ def test_a_warm_lora_breaks_the_tie_but_counts_less_than_the_base() -> None:
 def test_a_job_that_waited_long_is_not_passed_over_for_a_warm_one() -> None:
     cold = candidate(1, base_fingerprint="cold", waited=AFFINITY_SECONDS + 1)
     assert order(candidate(2, base_fingerprint="warm"), cold, warm_bases=frozenset({"warm"})) == [1, 2]
+
+
+def test_a_new_job_whose_lora_is_still_being_fetched_lets_others_go_first() -> None:
+    jobs = candidate(1, owner=1, loras=("cold",), waited=FETCH_SECONDS / 2), candidate(2, owner=2, loras=("warm",))
+    assert order(*jobs, used={2: 900.0}, warm_loras=frozenset({"warm"})) == [2, 1]
+    assert order(*jobs, used={2: 900.0}, warm_loras=frozenset({"warm", "cold"})) == [1, 2]
+    assert order(*jobs, used={2: 900.0}) == [1, 2], "a worker that fetches nothing ahead knows no LoRAs"
+
+
+def test_a_cold_lora_never_costs_the_turn_for_longer_than_a_fetch() -> None:
+    cold = candidate(1, owner=1, loras=("cold",), waited=FETCH_SECONDS)
+    warm_one = candidate(2, owner=2, loras=("warm",), waited=60)
+    assert order(cold, warm_one, used={2: 900.0}, warm_loras=frozenset({"warm"})) == [1, 2]
+
+
+def test_lost_work_goes_first_although_its_lora_is_cold() -> None:
+    lost = candidate(1, owner=1, loras=("cold",), waited=0, was_lost=True)
+    assert order(candidate(2, owner=2), lost, warm_loras=frozenset({"warm"})) == [1, 2]
+
+
+def test_a_job_is_coming_only_while_its_lora_may_still_arrive() -> None:
+    fetches = scheduler(warm_loras=frozenset({"warm"}))
+    assert fetches.is_coming(candidate(1, loras=("warm", "cold"), waited=0))
+    assert not fetches.is_coming(candidate(1, loras=("cold",), waited=FETCH_SECONDS))
+    assert not fetches.is_coming(candidate(1, loras=("warm",), waited=0))
+    assert not fetches.is_coming(candidate(1, waited=0))
+    assert not scheduler().is_coming(candidate(1, loras=("cold",), waited=0))
 
 
 def test_a_person_at_the_limit_waits_and_others_go_on() -> None:
