@@ -146,7 +146,8 @@ def job_lost(
     Returns:
         The new state; None when the job was renewed or ended in the meantime.
     """
-    barren = job.barren_losses + 1
+    # Whoever came to storing has computed well: that the process died then is no sign against the job.
+    barren = job.barren_losses + (job.state != JobState.UPLOADING)
     where = Q(lease_until__lt=Now()) if only_expired else Q()
     target = JobState.QUEUED
     columns: dict[str, Any] = {"barren_losses": barren, "queued_at": Now(), "stage": "waiting to go on"}

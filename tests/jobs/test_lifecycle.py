@@ -209,6 +209,19 @@ def test_three_losses_without_progress_are_poison(make_job: MakeJob, worker: Wor
     assert claim_one(kinds=KINDS, worker=worker) is None
 
 
+def test_a_worker_that_dies_while_it_stores_results_says_nothing_against_the_job(
+    make_job: MakeJob, worker: WorkerProcess
+) -> None:
+    job = make_job()
+    for _ in range(4):
+        taken = claim(worker)
+        lifecycle.job_uploading(job_id=job.pk, token=taken.token)
+        expire_lease(job)
+        recovery.expired_leases_requeue()
+    job.refresh_from_db()
+    assert (job.state, job.barren_losses) == (JobState.QUEUED, 0)
+
+
 def test_checkpoint_progress_makes_losses_harmless(make_job: MakeJob, worker: WorkerProcess) -> None:
     job = make_job(kind=JobKind.TRAIN)
     for step in range(1, 7):
