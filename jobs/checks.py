@@ -7,16 +7,20 @@ from django.conf import settings
 from django.core import checks
 from django.core.checks import CheckMessage, Error, register
 
+from jobs.leases import lease_seconds
+from jobs.status import JobKind
+
 
 @register()
 def lease_outlives_heartbeat(**_: Any) -> list[CheckMessage]:
     """Two renewals may get lost before a lease runs out."""
-    lease, heartbeat = settings.LORASITE["LEASE_SECONDS"], settings.LORASITE["HEARTBEAT_SECONDS"]
+    lease, heartbeat = lease_seconds(JobKind.GENERATE), settings.LORASITE["HEARTBEAT_SECONDS"]
     if heartbeat * 3 <= lease:
         return []
     return [
         Error(
-            f"LORASITE_HEARTBEAT_SECONDS is {heartbeat} but LORASITE_LEASE_SECONDS only {lease}",
+            f"LORASITE_HEARTBEAT_SECONDS is {heartbeat} but the shortest lease (LORASITE_LEASE_SECONDS, "
+            f"LORASITE_GENERATE_LEASE_SECONDS) only {lease}",
             hint="Make the lease at least three heartbeats long, or jobs are taken from healthy workers.",
             id="jobs.E001",
         )

@@ -17,7 +17,7 @@ from django.db import DatabaseError, connection
 
 from core.errors import Cancelled, Interrupted, Paused
 from core.progress import Progress
-from jobs.leases import leases_renew
+from jobs.leases import lease_seconds, leases_renew
 from jobs.lifecycle import Claim
 from jobs.models import WorkerProcess
 from jobs.status import JobKind
@@ -90,7 +90,7 @@ class Hold:
 
     def check(self) -> None:
         """Raise Fenced or Cancelled where due: what also stops an upload, which no shutdown or deadline does."""
-        lease = settings.LORASITE["LEASE_SECONDS"]
+        lease = lease_seconds(self.job.kind)
         if self.fenced or time.monotonic() - self._renewed_at > lease * 0.9:
             raise Fenced(f"the lease of job {self.job.pk} is lost (token {self.token})")
         if self.cancelled:

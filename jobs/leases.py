@@ -8,12 +8,13 @@ from uuid import UUID
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Q
+from django.db.models import Case, Q, When
 
 from core.failpoints import side_effect
 from jobs.database_clock import after
 from jobs.errors import LeaseLost
 from jobs.models import Job
+from jobs.status import JobKind
 
 
 class Renewal(NamedTuple):
@@ -25,6 +26,12 @@ class Renewal(NamedTuple):
     """Somebody asked to stop them."""
     yielding: set[UUID]
     """Interactive work waits for their place."""
+
+
+def lease_seconds(kind: str) -> float:
+    """How long a silent worker keeps a job of this kind. Short where somebody waits for it."""
+    longest = float(settings.LORASITE["LEASE_SECONDS"])
+    return min(longest, settings.LORASITE["GENERATE_LEASE_SECONDS"]) if kind == JobKind.GENERATE else longest
 
 
 def leases_renew(holds: dict[UUID, int], progress: dict[UUID, dict[str, Any]] | None = None) -> Renewal:
@@ -41,7 +48,7 @@ def leases_renew(holds: dict[UUID, int], progress: dict[UUID, dict[str, Any]] | 
         for job_id, token in holds.items():
             mine |= Q(pk=job_id, token=token)
         with side_effect("lease.renew"):
-            Job.objects.leased().filter(mine).update(lease_until=after(settings.LORASITE["LEASE_SECONDS"]))
+            Job.objects.leased().filter(mine).update(lease_until=_renewed_until())
         for job_id, columns in (progress or {}).items():
             with side_effect("lease.write_progress"):
                 Job.objects.leased().filter(pk=job_id, token=holds.get(job_id, -1)).update(**columns)
@@ -51,6 +58,12 @@ def leases_renew(holds: dict[UUID, int], progress: dict[UUID, dict[str, Any]] | 
         cancelled={job_id for job_id, cancel, _ in kept if cancel is not None},
         yielding={job_id for job_id, _, wish in kept if wish is not None},
     )
+
+
+def _renewed_until() -> Case:
+    """SQL: the end of a lease of the row's kind that begins now."""
+    interactive = When(kind=JobKind.GENERATE, then=after(lease_seconds(JobKind.GENERATE)))
+    return Case(interactive, default=after(settings.LORASITE["LEASE_SECONDS"]))
 
 
 def checkpoint_record(*, job_id: UUID, token: int, step: int, files: dict[str, str]) -> None:

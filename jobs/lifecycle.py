@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from django.conf import settings
 from django.db import transaction
 from django.db.models import BigIntegerField, CharField, DurationField, F, IntegerField, Q, UUIDField
 from django.db.models.functions import Coalesce, Now
@@ -20,6 +19,7 @@ from django.db.models.sql import InsertQuery, UpdateQuery
 from core.failpoints import side_effect
 from jobs.database_clock import after, later_by
 from jobs.errors import Conflict, InvalidTransition, LeaseLost
+from jobs.leases import lease_seconds
 from jobs.models import Job, JobAttempt, JobEvent, WorkerProcess
 from jobs.prepared_sql import Parameter, Write, insert_of, update_of
 from jobs.status import LEASED, TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState, sources_of
@@ -53,7 +53,7 @@ def job_created(job: Job) -> None:
 def job_take(*, job: Job, worker: WorkerProcess) -> Claim | None:
     """QUEUED → RUNNING with a new token, or None when somebody else was faster. Must run inside a transaction."""
     token, asked_at = job.token + 1, time.monotonic()
-    lease = timedelta(seconds=settings.LORASITE["LEASE_SECONDS"])
+    lease = timedelta(seconds=lease_seconds(job.kind))
     with side_effect("job.take"):
         taken = _TAKE.write(job_id=job.pk, token=job.token, worker_id=worker.pk, lease=lease)
     if not taken:

@@ -8,6 +8,7 @@ from django.db.models.functions import Now
 
 from jobs import lifecycle
 from jobs.database_clock import after
+from jobs.leases import lease_seconds
 from jobs.models import Job
 from jobs.status import JobState
 
@@ -26,7 +27,7 @@ def expired_leases_requeue(*, kinds: Sequence[str] | None = None) -> int:
         expired = expired.filter(kind__in=kinds)
     closed = 0
     for job in list(expired.select_related("worker")[:PER_SWEEP]):
-        reason = f"worker {job.worker or 'gone'} was not heard for {settings.LORASITE['LEASE_SECONDS']:g} s"
+        reason = f"worker {job.worker or 'gone'} was not heard for {lease_seconds(job.kind):g} s"
         closed += lifecycle.job_lost(job=job, reason=reason) is not None
     return closed
 

@@ -43,6 +43,9 @@ class Environment(BaseSettings):
     lease_seconds: float = Field(
         30.0, ge=1, le=600, description="A job whose worker is silent this long is given to another."
     )
+    generate_lease_seconds: float = Field(
+        12.0, ge=1, le=600, description="The same for generations, which somebody waits for; never more than the above."
+    )
     heartbeat_seconds: float = Field(
         2.0, ge=0.1, le=60, description="Between two renewals; at most a third of the lease."
     )

@@ -150,6 +150,7 @@ SPECTACULAR_SETTINGS = {
 LORASITE: dict[str, Any] = {
     "DATA": DATA,
     "LEASE_SECONDS": ENVIRONMENT.lease_seconds,
+    "GENERATE_LEASE_SECONDS": ENVIRONMENT.generate_lease_seconds,
     "HEARTBEAT_SECONDS": ENVIRONMENT.heartbeat_seconds,
     "DISPATCH_SECONDS": ENVIRONMENT.dispatch_seconds,
     "DRAIN_SECONDS": ENVIRONMENT.drain_seconds,

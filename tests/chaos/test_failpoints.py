@@ -1,4 +1,4 @@
-"""Every named point of the product times every fault: the process dies, fails, hangs or freezes there; all ends well."""
+"""Every named point of the product times every fault: die, fail, hang or freeze there, and all ends well."""
 
 import json
 import subprocess

@@ -325,3 +325,17 @@ def test_many_workers_at_once_claim_each_job_exactly_once() -> None:
     assert len(taken) == 12
     assert len({claimed.job.pk for claimed in taken}) == 12
     assert {claimed.token for claimed in taken} == {1}
+
+
+def test_a_generation_is_taken_from_a_silent_worker_sooner_than_a_training(
+    make_job: MakeJob, worker: WorkerProcess
+) -> None:
+    spans = {}
+    for kind in (JobKind.GENERATE, JobKind.TRAIN):
+        make_job(kind=kind)
+        taken = claim_one(kinds=[kind], worker=worker)
+        assert taken is not None
+        leases.leases_renew({taken.job.pk: taken.token})
+        spans[kind] = (Job.objects.get(pk=taken.job.pk).lease_until - timezone.now()).total_seconds()
+    assert spans[JobKind.GENERATE] == pytest.approx(12, abs=1.5)
+    assert spans[JobKind.TRAIN] == pytest.approx(30, abs=1.5)
