@@ -130,6 +130,19 @@ def test_an_outage_of_the_store_fails_no_job_and_the_process_computes_on_meanwhi
     until(lambda: running.heartbeat.holds() == [], "the leases are let go")
 
 
+def test_the_lease_is_renewed_for_as_long_as_the_results_wait(
+    make_job: MakeJob, running: WorkerContext, outage: Outage
+) -> None:
+    outage.is_on = True
+    make_job()
+    drain(JobKind.GENERATE, Painting)
+    outage.was_refused.wait(10)
+    handed_over = Job.objects.get()
+    assert handed_over.lease_until is not None
+    until(lambda: Job.objects.filter(lease_until__gt=handed_over.lease_until).exists(), "the heartbeat renews it", 8)
+    assert (handed_over.state, handed_over.token) == (JobState.UPLOADING, Job.objects.get().token)
+
+
 def test_a_job_waits_for_the_store_past_its_budget_and_says_so(
     make_job: MakeJob, running: WorkerContext, outage: Outage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
