@@ -14,12 +14,12 @@ from django.db.models.functions import Coalesce
 from core.failpoints import side_effect
 from jobs.lifecycle import Claim, job_take
 from jobs.models import Job, WorkerProcess
-from jobs.prepared_sql import Read, listed, parameters, rounded_up
+from jobs.prepared_sql import Read, listed, parameters, rounded_up, send
 from jobs.queue import free_workers, owners_of, running_now, waiting_candidates
 from jobs.recovery import expired_leases_requeue
 from jobs.scheduling import Candidate, Scheduler
 from jobs.status import INTERACTIVE, QUEUES, JobKind, JobState
-from jobs.usage import usage_lock
+from jobs.usage import usage_lock, usage_locking
 
 LOOKS = 4
 """Times that a claim reads the line again because others took all that it saw."""
@@ -118,11 +118,15 @@ def _take_all(batch: Sequence[Candidate], worker: WorkerProcess) -> tuple[list[C
     taken: Counter[tuple[UUID, str]] = Counter()
     with side_effect("claim.commit"), transaction.atomic():
         # In one order everywhere: two claims never wait for each other.
-        for owner_id in sorted({job.owner_id for job in batch if job.kind in limits}):
-            usage_lock(owner_id)
-        # A statement of its own after the locks: it sees what their earlier holders committed.
+        owner_ids = sorted({job.owner_id for job in batch if job.kind in limits})
         count = rounded_up(len(batch))
-        rows = _CLAIMABLE.rows(count, **listed("job", count, [job.job_id for job in batch]))
+        # A statement of its own after the locks: it sees what their earlier holders committed.
+        waiting = _CLAIMABLE.run(count, **listed("job", count, [job.job_id for job in batch]))
+        *locked, rows = send(*map(usage_locking, owner_ids), waiting)
+        if not all(locked):
+            for owner_id in owner_ids:
+                usage_lock(owner_id)  # makes the row of somebody's first time
+            (rows,) = send(waiting)
         found = {job.pk: (job, running) for job, running in map(_job_and_running, rows)}
         for candidate in batch:
             job, running = found.get(candidate.job_id, (None, 0))

@@ -21,7 +21,7 @@ from jobs.database_clock import after, later_by
 from jobs.errors import Conflict, InvalidTransition, LeaseLost
 from jobs.leases import lease_seconds
 from jobs.models import Job, JobAttempt, JobEvent, WorkerProcess
-from jobs.prepared_sql import Parameter, Write, insert_of, update_of
+from jobs.prepared_sql import Parameter, Run, Write, insert_of, send, update_of
 from jobs.status import LEASED, TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState, sources_of
 from jobs.usage import usage_add
 from jobs.wakeup import announce
@@ -58,16 +58,17 @@ def job_take(*, job: Job, worker: WorkerProcess) -> Claim | None:
         taken = _TAKE.write(job_id=job.pk, token=job.token, worker_id=worker.pk, lease=lease)
     if not taken:
         return None
+    opened = _OPEN_ATTEMPT.run(
+        job_id=job.pk,
+        token=token,
+        worker_id=worker.pk,
+        worker_name=str(worker),
+        from_step=job.checkpoint_step,
+        memory_rung=job.memory_rung,
+    )
     with side_effect("attempt.open"):
-        _OPEN_ATTEMPT.write(
-            job_id=job.pk,
-            token=token,
-            worker_id=worker.pk,
-            worker_name=str(worker),
-            from_step=job.checkpoint_step,
-            memory_rung=job.memory_rung,
-        )
-    _record(job.pk, JobState.QUEUED, JobState.RUNNING, token, f"claimed by {worker}")
+        send(opened, _event_of(job.pk, JobState.QUEUED, JobState.RUNNING, token, f"claimed by {worker}"))
+    logger.info("job id=%s claimed token=%s worker=%s", job.pk, token, worker)
     # As the row is now, without reading it once more.
     job.state, job.token, job.worker = JobState.RUNNING, token, worker
     job.attempts_count += 1
@@ -282,8 +283,12 @@ def _close_attempt(job_id: UUID, token: int, outcome: AttemptOutcome, reason: st
 
 def _record(job_id: UUID, old: JobState, new: JobState, token: int, reason: str) -> None:
     with side_effect("job.record"):
-        _EVENT.write(job_id=job_id, old_state=old, new_state=new, token=token, reason=reason[:300])
+        send(_event_of(job_id, old, new, token, reason))
     logger.info("job id=%s %s→%s token=%s reason=%s", job_id, old, new, token, reason)
+
+
+def _event_of(job_id: UUID, old: JobState, new: JobState, token: int, reason: str) -> Run:
+    return _EVENT.run(job_id=job_id, old_state=old, new_state=new, token=token, reason=reason[:300])
 
 
 _JOB_ID = Parameter("job_id", UUIDField())

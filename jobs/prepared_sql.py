@@ -54,7 +54,14 @@ class _Statement:
             self._compiled[key] = self._compile(connection, shape)
         return self._compiled[key]
 
+    def run(self, *shape: Hashable, **values: Any) -> "Run":
+        """What `send` takes."""
+        return Run(self, shape, values)
+
     def _compile(self, connection: BaseDatabaseWrapper, shape: tuple[Hashable, ...]) -> _Compiled:
+        raise NotImplementedError
+
+    def _result(self, cursor: Any, compiled: _Compiled, connection: BaseDatabaseWrapper) -> Any:
         raise NotImplementedError
 
 
@@ -72,11 +79,11 @@ class Read(_Statement):
             shape: What changes the statement's text, such as how many values there are; each is compiled by itself.
             values: Of its parameters.
         """
-        connection = connections[DEFAULT_DB_ALIAS]
-        compiled = self._ready(connection, shape)
-        with connection.cursor() as cursor:
-            cursor.execute(compiled.sql, _params(compiled, values, connection))
-            rows = [list(row) for row in cursor.fetchall()]
+        (rows,) = send(self.run(*shape, **values))
+        return rows  # type: ignore[no-any-return]
+
+    def _result(self, cursor: Any, compiled: _Compiled, connection: BaseDatabaseWrapper) -> list[list[Any]]:
+        rows = [list(row) for row in cursor.fetchall()]
         for number, column in compiled.columns:
             for convert in _converters(column, connection):
                 for row in rows:
@@ -101,17 +108,51 @@ class Write(_Statement):
 
     def write(self, **values: Any) -> int:
         """Send it with these values of its parameters. Returns how many rows it changed or made."""
-        connection = connections[DEFAULT_DB_ALIAS]
-        compiled = self._ready(connection, ())
-        with connection.cursor() as cursor:
-            cursor.execute(compiled.sql, _params(compiled, values, connection))
-            return int(cursor.rowcount)
+        (count,) = send(self.run(**values))
+        return int(count)
+
+    def _result(self, cursor: Any, compiled: _Compiled, connection: BaseDatabaseWrapper) -> int:
+        return int(cursor.rowcount)
 
     def _compile(self, connection: BaseDatabaseWrapper, shape: tuple[Hashable, ...]) -> _Compiled:
         statement = self._build().get_compiler(using=connection.alias).as_sql()
         # An INSERT comes as a list, here of one.
         sql, params = statement[0] if isinstance(statement, list) else statement
         return _Compiled(sql, tuple(params))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A statement with the values of one run."""
+
+    statement: _Statement
+    shape: tuple[Hashable, ...]
+    values: dict[str, Any]
+
+
+def send(*runs: Run) -> list[Any]:
+    """Send statements one after the other, on PostgreSQL in one round trip; each sees what others committed until then.
+
+    Writes belong into a `side_effect` of the caller's, and several statements into a transaction.
+
+    Returns:
+        Of each in order the rows or the number of changed rows.
+    """
+    connection = connections[DEFAULT_DB_ALIAS]
+    ready = [(run.statement, run.statement._ready(connection, run.shape), run.values) for run in runs]
+    results = []
+    with connection.cursor() as cursor:
+        if connection.vendor == "postgresql":
+            # Values are bound by the client (Django's default), which lets one message carry several statements.
+            params = [param for _, compiled, values in ready for param in _params(compiled, values, connection)]
+            cursor.execute("; ".join(compiled.sql for _, compiled, _ in ready), params)
+        for number, (statement, compiled, values) in enumerate(ready):
+            if connection.vendor != "postgresql":
+                cursor.execute(compiled.sql, _params(compiled, values, connection))
+            elif number:
+                cursor.nextset()
+            results.append(statement._result(cursor, compiled, connection))
+    return results
 
 
 def parameters(name: str, count: int, output_field: "Field[Any, Any]") -> list[Any]:

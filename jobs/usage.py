@@ -9,7 +9,7 @@ from django.db.models.functions import Now
 
 from core.failpoints import side_effect
 from jobs.models import OwnerUsage
-from jobs.prepared_sql import Parameter, Read
+from jobs.prepared_sql import Parameter, Read, Run
 from jobs.scheduling import decayed
 
 
@@ -30,6 +30,11 @@ def usage_lock(owner_id: UUID) -> LockedUsage:
             OwnerUsage.objects.get_or_create(owner_id=owner_id, defaults={"as_of": Now()})
         rows = _LOCK.rows(owner_id=owner_id)
     return LockedUsage(*rows[0])
+
+
+def usage_locking(owner_id: UUID) -> Run:
+    """The same as a statement to be sent beside others; no row comes back where there is none yet."""
+    return _LOCK.run(owner_id=owner_id)
 
 
 def _locked() -> "QuerySet[OwnerUsage, Any]":

@@ -10,7 +10,7 @@ from django.db.models.sql import InsertQuery, UpdateQuery
 from django.utils import timezone
 
 from jobs.models import Job, JobEvent
-from jobs.prepared_sql import Parameter, Read, Write, insert_of, listed, parameters, rounded_up, update_of
+from jobs.prepared_sql import Parameter, Read, Write, insert_of, listed, parameters, rounded_up, send, update_of
 from jobs.status import JobKind
 from tests.jobs.conftest import MakeJob
 
@@ -71,6 +71,22 @@ def test_an_insert_makes_a_row_with_the_models_defaults(make_job: MakeJob) -> No
     assert [insert.write(job_id=job.pk, why=why) for why in ("first", "second")] == [1, 1]
     rows = job.events.filter(reason__in=["first", "second"]).values_list("reason", "old_state", "new_state", "token")
     assert list(rows) == [("first", "", "queued", 0), ("second", "", "queued", 0)]
+
+
+def test_several_statements_sent_together_answer_each_and_see_those_before(make_job: MakeJob) -> None:
+    job, other = make_job(), make_job()
+
+    def build() -> UpdateQuery:
+        return update_of(Job.objects.filter(pk=Parameter("job_id", UUIDField())), stage=Parameter("stage", CharField()))
+
+    def stages() -> "QuerySet[Job, Any]":
+        return Job.objects.filter(owner=Parameter("owner_id", UUIDField())).order_by("stage").values_list("stage")
+
+    update, read = Write(build), Read(stages)
+    before = read.run(owner_id=job.owner_id)
+    first, second = update.run(job_id=job.pk, stage="a; %"), update.run(job_id=other.pk, stage="b'")
+    results = send(before, first, second, read.run(owner_id=job.owner_id))
+    assert results == [[[""], [""]], 1, 1, [["a; %"], ["b'"]]]
 
 
 def test_a_run_that_forgets_a_value_is_refused(make_job: MakeJob) -> None:
