@@ -101,7 +101,10 @@ class LocalArtifactStorage(FileSystemStorage):
 
     def _write_part(self, path: Path, content: "File[Any]") -> Path:
         """The bytes, synced, under a temporary name beside `path`."""
-        path.parent.mkdir(parents=True, exist_ok=True, mode=self.directory_permissions_mode or 0o700)
+        if not path.parent.is_dir():
+            with side_effect("blob.make_folder"):
+                path.parent.mkdir(parents=True, exist_ok=True, mode=self.directory_permissions_mode or 0o700)
+            _sync_folder(path.parent.parent)  # else a power cut may take the folder with all that it holds by then
         handle, name = tempfile.mkstemp(prefix=PART_PREFIX, dir=path.parent)
         part = Path(name)
         try:
