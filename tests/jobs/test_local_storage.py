@@ -51,7 +51,7 @@ def test_writers_at_once_end_with_the_right_bytes(storage: LocalArtifactStorage,
 def test_bytes_are_durable_before_their_name_and_the_name_before_the_answer(storage: LocalArtifactStorage) -> None:
     with write_order() as stored:
         storage.save("sha256/aa/x", ContentFile(b"torn"))
-    assert stored == ["write", "fsync", "link", "fsync"]
+    assert stored == ["fsync", "write", "fsync", "link", "fsync"], "the first one makes the new folder durable"
     with write_order() as replaced:
         storage.replace("sha256/aa/x", ContentFile(b"right"))
     assert replaced == ["write", "fsync", "rename", "fsync"]
