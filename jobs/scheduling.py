@@ -160,14 +160,16 @@ class Scheduler:
     def batch(self, first: Candidate, companions: Iterable[Candidate], *, at_most: int) -> list[Candidate]:
         """`first` and those that share its forward: same non-empty batch key, `PICTURES_PER_BATCH` in all, in order.
 
+        One that was lost before runs alone: should it take its worker down again, nobody else is lost with it.
+
         Args:
             companions: Waiting jobs; those of another key, and `first` itself, are passed over.
             at_most: Jobs, >= 1.
         """
         chosen, pictures = [first], first.pictures
-        if first.batch_key and first.kind == JobKind.GENERATE and at_most > 1:
-            same = (job for job in companions if job.batch_key == first.batch_key and job.kind == first.kind)
-            for job in self.order(same):
+        if first.batch_key and first.kind == JobKind.GENERATE and at_most > 1 and not first.was_lost:
+            same = [job for job in companions if job.batch_key == first.batch_key and job.kind == first.kind]
+            for job in self.order(job for job in same if not job.was_lost):
                 if len(chosen) >= at_most:
                     break
                 fits = pictures + job.pictures <= PICTURES_PER_BATCH

@@ -184,6 +184,13 @@ def test_a_job_without_batch_key_runs_alone() -> None:
     assert batch(candidate(1), candidate(2)) == [1]
 
 
+def test_a_job_that_was_lost_before_runs_alone_so_that_it_takes_nobody_down_with_it() -> None:
+    key = {"batch_key": "k"}
+    lost = candidate(1, **key, was_lost=True)
+    assert batch(lost, candidate(2, owner=2, **key)) == [1]
+    assert batch(candidate(2, owner=2, **key), lost, candidate(3, owner=3, **key)) == [2, 3]
+
+
 def test_a_batch_holds_at_most_eight_pictures_and_so_many_jobs_as_asked() -> None:
     jobs = [candidate(n, owner=n, batch_key="k", pictures=3) for n in range(1, 5)]
     assert batch(*jobs) == [1, 2]
