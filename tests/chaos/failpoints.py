@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = ArgumentParser("python -m tests.chaos.failpoints", description=__doc__.split("\n\n")[0])
     options.add_argument("--only", default="", help="points whose name begins so")
     options.add_argument("--fault", choices=FAULTS, help="this fault alone")
-    options.add_argument("--at-once", type=int, default=6, help="trials side by side; most of them wait (%(default)s)")
+    options.add_argument("--at-once", type=int, default=10, help="trials side by side; most of them wait (%(default)s)")
     given = options.parse_args(arguments)
     from tests.chaos import misfortunes
     from tests.services import seaweedfs, valkey
