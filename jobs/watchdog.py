@@ -73,8 +73,12 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stop.wait(min(1.0, settings.LORASITE["STEP_SECONDS"] / 4)):
-            if self.look():
-                return
+            try:
+                if self.look():
+                    return
+            except Exception:
+                # Nobody else would ever end this process: look again.
+                logger.exception("the watchdog failed")
 
 
 def close_try(hold: Hold, *, is_stuck: bool) -> None:

@@ -68,6 +68,28 @@ def test_the_thread_itself_finds_the_stuck_step(
     assert Job.objects.get().state == JobState.QUEUED
 
 
+@pytest.mark.django_db(transaction=True)
+def test_a_watchdog_that_failed_looks_again(
+    make_job: MakeJob, context: WorkerContext, exits: list[int], impatient: None
+) -> None:
+    make_job()
+    hold = take(context)
+    ended = threading.Event()
+
+    def end(code: int) -> None:
+        exits.append(code)
+        if len(exits) == 1:
+            raise RuntimeError("the first time goes wrong")
+        ended.set()
+
+    watchdog = Watchdog(context.heartbeat, end_process=end)
+    with hold.computing():
+        watchdog.start()
+        assert ended.wait(10)
+    watchdog.stop()
+    assert exits == [EXIT_STUCK, EXIT_STUCK]
+
+
 def test_results_that_wait_for_the_store_are_not_stuck(
     make_job: MakeJob, context: WorkerContext, exits: list[int], impatient: None
 ) -> None:
