@@ -107,6 +107,12 @@ def _is_disk_full(error: Exception) -> bool:
     return getattr(cause, "sqlite_errorname", "") == "SQLITE_FULL" or getattr(cause, "sqlstate", "") == "53100"
 
 
+def full_jitter(first_seconds: float, cap_seconds: float, tries: int, rng: random.Random) -> float:
+    """Seconds to wait after so many tries (0, 1 ...): `uniform(0, min(cap, first * 2**tries))`."""
+    # Beyond 2**60 the cap rules for sure, and the float would overflow some day.
+    return rng.uniform(0, min(cap_seconds, first_seconds * 2 ** min(tries, 60)))
+
+
 class Backoff:
     """Waits between tries: `uniform(0, min(cap, first * 2**n))`, until the budget is spent.
 
@@ -142,10 +148,9 @@ class Backoff:
         left = self.left_seconds
         if left <= 0:
             return None
-        # Beyond 2**60 the cap rules for sure, and the float would overflow some day.
-        upper = min(self.cap_seconds, self.first_seconds * 2 ** min(self.tries, 60))
+        delay = full_jitter(self.first_seconds, self.cap_seconds, self.tries, self._rng)
         self.tries += 1
-        return min(left, self._rng.uniform(0, upper))
+        return min(left, delay)
 
     def __iter__(self) -> Iterator[float]:
         while (delay := self.next_delay()) is not None:

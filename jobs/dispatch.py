@@ -43,6 +43,10 @@ SAFETY_SECONDS = 0.5
 """A leader stops acting this long before its lease can have run out by the database's clock."""
 
 
+LEADER_STALE_SECONDS = 15.0
+"""Unheard for so long, with nobody in its place: `/readyz` and the overview say that jobs wait."""
+
+
 class Leader(NamedTuple):
     """Who leads the dispatchers, by the database's clock."""
 
@@ -55,12 +59,6 @@ def leader() -> Leader | None:
     """The dispatcher that led last; None when none ever ran."""
     row = LeaderLease.objects.filter(role=ROLE).annotate(now=Now()).values_list("holder", "now", "beat_at").first()
     return None if row is None else Leader(row[0], (row[1] - row[2]).total_seconds())
-
-
-def leader_age_seconds() -> float | None:
-    """Seconds since a dispatcher was last heard, by the database's clock; None when none ever ran."""
-    found = leader()
-    return None if found is None else found.age_seconds
 
 
 class Dispatcher:
@@ -198,7 +196,7 @@ class Dispatcher:
 
 def _sweep_garbage() -> None:
     try:
-        logger.info("garbage swept %s", garbage_sweep())
+        garbage_sweep()
     except Exception:
         logger.exception("garbage sweep failed; the next one is in %g s", SWEEP_EVERY_SECONDS)
     finally:

@@ -13,6 +13,7 @@ from core.config import TrainConfig
 from core.errors import CoreError
 from core.memory_ladder import GENERATION_RUNGS, training_rungs
 from jobs import lifecycle
+from jobs.backoff import full_jitter
 from jobs.connections import connection_refresh
 from jobs.errors import LeaseLost
 from jobs.faults import MAX_STORE_RETRIES, MAX_SURPRISE_RETRIES, Fault, Remedy, fault_of
@@ -106,7 +107,7 @@ def _wait(hold: Hold, fault: Fault) -> None:
         lifecycle.job_fail(job_id=hold.job.pk, token=hold.token, code=fault.code, message=message)
         return
     shortest, longest = STORE_DELAY_SECONDS
-    delay = max(shortest, random.uniform(0, min(longest, shortest * 2**retries)))
+    delay = max(shortest, full_jitter(shortest, longest, retries, random.Random()))
     lifecycle.job_release(
         job_id=hold.job.pk, token=hold.token, reason=fault.message, delay_seconds=delay, store_retries=retries
     )

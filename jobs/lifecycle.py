@@ -189,18 +189,12 @@ def job_cancel(*, job: Job) -> JobState:
     Raises:
         Conflict: The job has ended already.
     """
-    with transaction.atomic():
-        if Job.objects.filter(pk=job.pk, state=JobState.QUEUED).exists():
-            try:
-                _change(
-                    job.pk, JobState.CANCELLED, sources={JobState.QUEUED}, reason="cancelled while waiting", stage=""
-                )
-            except LeaseLost:
-                pass  # A worker claimed it between the two statements: ask that worker instead.
-            else:
-                return JobState.CANCELLED
-        with side_effect("job.ask_cancel"):
-            asked = Job.objects.active().filter(pk=job.pk).update(cancel_requested_at=Now())
+    if job_cancel_waiting(job_id=job.pk):
+        return JobState.CANCELLED
+    # A worker holds it, or claimed it this very moment: ask that worker. Should it give the job back first, the
+    # dispatcher's sweep ends it.
+    with side_effect("job.ask_cancel"):
+        asked = Job.objects.active().filter(pk=job.pk).update(cancel_requested_at=Now())
     state = JobState(Job.objects.values_list("state", flat=True).get(pk=job.pk))
     if not asked:
         raise Conflict(f"this job has already ended ({state.label.lower()}); nothing to cancel")
@@ -210,19 +204,18 @@ def job_cancel(*, job: Job) -> JobState:
 
 def job_expire(*, job_id: UUID, reason: str) -> bool:
     """QUEUED → EXPIRED; False when it no longer waits."""
-    try:
-        with transaction.atomic():
-            _change(job_id, JobState.EXPIRED, sources={JobState.QUEUED}, reason=reason, stage="")
-    except LeaseLost:
-        return False
-    return True
+    return _end_waiting(job_id, JobState.EXPIRED, reason)
 
 
 def job_cancel_waiting(*, job_id: UUID) -> bool:
-    """QUEUED → CANCELLED for a job whose cancel was asked while a worker held it; False when it no longer waits."""
+    """QUEUED → CANCELLED; False when it does not wait."""
+    return _end_waiting(job_id, JobState.CANCELLED, "cancelled while waiting")
+
+
+def _end_waiting(job_id: UUID, target: JobState, reason: str) -> bool:
     try:
         with transaction.atomic():
-            _change(job_id, JobState.CANCELLED, sources={JobState.QUEUED}, reason="cancelled while waiting", stage="")
+            _change(job_id, target, sources={JobState.QUEUED}, reason=reason, stage="")
     except LeaseLost:
         return False
     return True

@@ -4,6 +4,7 @@ Django builds and compiles a statement anew at every run, which takes longer tha
 What is here knows no table: the statements stand with the code that sends them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class _Compiled:
     """(place, column) of those whose values in this kind of database are not yet Python's."""
 
 
-class _Statement:
+class _Statement(ABC):
     """Compiled at its first run; a second thread that does so at the same time does it for nothing."""
 
     def __init__(self, build: Callable[..., Any]) -> None:
@@ -58,11 +59,11 @@ class _Statement:
         """What `send` takes."""
         return Run(self, shape, values)
 
-    def _compile(self, connection: BaseDatabaseWrapper, shape: tuple[Hashable, ...]) -> _Compiled:
-        raise NotImplementedError
+    @abstractmethod
+    def _compile(self, connection: BaseDatabaseWrapper, shape: tuple[Hashable, ...]) -> _Compiled: ...
 
-    def _result(self, cursor: Any, compiled: _Compiled, connection: BaseDatabaseWrapper) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _result(self, cursor: Any, compiled: _Compiled, connection: BaseDatabaseWrapper) -> Any: ...
 
 
 class Read(_Statement):

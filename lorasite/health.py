@@ -9,13 +9,11 @@ from django.db.models import Count
 from django.http import HttpRequest, JsonResponse
 from django.views.decorators.http import require_safe
 
-from jobs.dispatch import leader
+from jobs.dispatch import LEADER_STALE_SECONDS, leader
 from jobs.status import WorkerState
 from jobs.workers import live_workers
 
 logger = logging.getLogger(__name__)
-
-DISPATCHER_STALE_SECONDS = 15.0
 
 
 @require_safe
@@ -37,7 +35,7 @@ def readyz(request: HttpRequest) -> JsonResponse:
             problems.append("no dispatcher has run yet: start `manage.py dispatch`")
         else:
             dispatcher = {"leader": leads.holder, "heard_seconds_ago": round(leads.age_seconds, 1)}
-            if leads.age_seconds > DISPATCHER_STALE_SECONDS:
+            if leads.age_seconds > LEADER_STALE_SECONDS:
                 problems.append(
                     f"the dispatcher was last heard {leads.age_seconds:.0f} s ago: jobs wait, "
                     "start `manage.py dispatch`"

@@ -10,13 +10,12 @@ from django.urls import reverse
 from django.utils import timezone
 
 from jobs.admin.readonly import duration, record_link, state_label
-from jobs.dispatch import leader_age_seconds
+from jobs.dispatch import LEADER_STALE_SECONDS, leader
 from jobs.models import BaseModel, Job, LeaderLease, User, WorkerProcess
 from jobs.status import ACTIVE, JobState, WorkerState
 from jobs.usage import decayed
 from jobs.workers import live_workers
 
-SILENT_SECONDS = 30.0  # after which a dispatcher counts as gone
 SHOWN_JOBS = 8
 SHOWN_PEOPLE = 8
 
@@ -34,11 +33,13 @@ def home_context(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any
 def _problems() -> list[str]:
     """Sentences about what keeps jobs from running; empty when all is well."""
     problems = []
-    age = leader_age_seconds()
-    if age is None:
+    leads = leader()
+    if leads is None:
         problems.append("No dispatcher has run yet: jobs wait. Start `manage.py dispatch`.")
-    elif age > SILENT_SECONDS:
-        problems.append(f"The dispatcher was last heard {age:.0f} s ago: jobs wait. Start `manage.py dispatch`.")
+    elif leads.age_seconds > LEADER_STALE_SECONDS:
+        problems.append(
+            f"The dispatcher was last heard {leads.age_seconds:.0f} s ago: jobs wait. Start `manage.py dispatch`."
+        )
     served = {queue for queues in _ready_workers().values_list("queues", flat=True) for queue in queues}
     for queue, work in (("gpu", "train, generate or prepare base models"), ("cpu", "prepare datasets")):
         if queue not in served:

@@ -5,7 +5,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from celery import Celery
 from django.utils import timezone
+from kombu import Queue
 from pytest_django.fixtures import Settings
 
 from jobs import worker_context
@@ -61,3 +63,15 @@ def make_job(person: User, settings: Settings) -> MakeJob:
 def expire_lease(job: Job) -> None:
     """As if the worker had been silent for longer than its lease."""
     Job.objects.filter(pk=job.pk).update(lease_until=timezone.now() - timedelta(seconds=5))
+
+
+def app_for(url: str) -> Celery:
+    """A Celery app with the product's queues, on this broker."""
+    app = Celery("test", broker=url, set_as_current=False)
+    app.conf.update(
+        broker_transport_options={"global_keyprefix": "lorasite:", "socket_timeout": 1},
+        broker_connection_timeout=1,
+        task_queues=[Queue("gpu"), Queue("cpu")],
+        task_create_missing_queues=False,
+    )
+    return app

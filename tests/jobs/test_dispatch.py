@@ -11,19 +11,17 @@ from typing import Any
 
 import pytest
 import redis
-from celery import Celery
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from kombu import Queue
 
-from jobs.dispatch import Dispatcher, leader_age_seconds
+from jobs.dispatch import Dispatcher, leader
 from jobs.doorbells import Doorbells
 from jobs.models import Job, LeaderLease, User, WorkerProcess
 from jobs.status import JobKind, JobState
 from jobs.workers import worker_register
 from tests.factories import claim_one, take
-from tests.jobs.conftest import MakeJob, expire_lease
+from tests.jobs.conftest import MakeJob, app_for, expire_lease
 from tests.services import valkey
 
 
@@ -43,17 +41,6 @@ def broker(broker_url: str) -> redis.Redis:
 @pytest.fixture
 def dispatcher(broker: redis.Redis, broker_url: str) -> Dispatcher:
     return Dispatcher(Doorbells(app_for(broker_url)))
-
-
-def app_for(url: str) -> Celery:
-    app = Celery("test", broker=url, set_as_current=False)
-    app.conf.update(
-        broker_transport_options={"global_keyprefix": "lorasite:", "socket_timeout": 1},
-        broker_connection_timeout=1,
-        task_queues=[Queue("gpu"), Queue("cpu")],
-        task_create_missing_queues=False,
-    )
-    return app
 
 
 def lying(broker: redis.Redis, queue: str) -> list[str]:
@@ -164,10 +151,10 @@ def test_of_two_dispatchers_one_leads_and_the_other_takes_over(
 
 
 def test_the_age_of_the_last_beat_is_known(dispatcher: Dispatcher, db: None) -> None:
-    assert leader_age_seconds() is None
+    assert leader() is None
     dispatcher.tick()
-    age = leader_age_seconds()
-    assert age is not None and 0 <= age < 5
+    found = leader()
+    assert found is not None and 0 <= found.age_seconds < 5
 
 
 def test_two_thousand_waiting_jobs_do_not_flood_the_broker(

@@ -9,23 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import redis
-from celery import Celery
-from kombu import Queue
 
 from jobs.doorbells import Doorbells, doorbells_wanted
 from jobs.status import JobKind
+from tests.jobs.conftest import app_for
 from tests.services import valkey
-
-
-def app_for(url: str) -> Celery:
-    app = Celery("test", broker=url, set_as_current=False)
-    app.conf.update(
-        broker_transport_options={"global_keyprefix": "lorasite:", "socket_timeout": 1},
-        broker_connection_timeout=1,
-        task_queues=[Queue("gpu"), Queue("cpu")],
-        task_create_missing_queues=False,
-    )
-    return app
 
 
 @contextmanager
