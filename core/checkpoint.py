@@ -16,12 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from core.config import TrainConfig, canonical_json_hash
+from core.durable_folder import sync_folder
 from core.errors import CheckpointMismatch, CoreError
 from core.failpoints import side_effect
 from core.file_hash import hash_file
 from core.lora_kohya import read_kohya, write_kohya
 from core.lora_state import LoraState
-from core.tensor_files import load_tensors, serialize, sync_folder, write_whole
+from core.tensor_files import load_tensors, serialize, write_whole
 
 logger = logging.getLogger(__name__)
 

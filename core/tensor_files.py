@@ -12,6 +12,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from core.durable_folder import sync_folder
 from core.errors import LoraFileError
 from core.failpoints import side_effect
 from core.lora_header import LoraHeader, read_header
@@ -50,16 +51,6 @@ def write_whole(path: Path, data: bytes) -> None:
         with side_effect("file.drop_partial"):
             partial.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with side_effect("folder.fsync"):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_tensors(path: Path) -> tuple[LoraHeader, dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from typing import Any
 from django.core.files.base import File
 from django.core.files.storage import FileSystemStorage
 
+from core.durable_folder import sync_folder
 from core.failpoints import side_effect
 
 PART_PREFIX = ".part-"
@@ -38,7 +39,7 @@ class LocalArtifactStorage(FileSystemStorage):
         finally:
             with side_effect("blob.part_remove"):
                 part.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return name
 
     def replace(self, name: str, content: "File[Any]") -> None:
@@ -51,7 +52,7 @@ class LocalArtifactStorage(FileSystemStorage):
         except OSError:
             _discard(part)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
     def delete(self, name: str) -> None:
         """Remove a blob; not an error when it is gone."""
@@ -104,7 +105,7 @@ class LocalArtifactStorage(FileSystemStorage):
         if not path.parent.is_dir():
             with side_effect("blob.make_folder"):
                 path.parent.mkdir(parents=True, exist_ok=True, mode=self.directory_permissions_mode or 0o700)
-            _sync_folder(path.parent.parent)  # else a power cut may take the folder with all that it holds by then
+            sync_folder(path.parent.parent)  # else a power cut may take the folder with all that it holds by then
         handle, name = tempfile.mkstemp(prefix=PART_PREFIX, dir=path.parent)
         part = Path(name)
         try:
@@ -135,13 +136,3 @@ def _link(part: Path, path: Path) -> None:
         # A file system without hard links: replacing is atomic as well, and the bytes are the same.
         with side_effect("blob.rename"):
             part.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with side_effect("blob.sync_folder"):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
