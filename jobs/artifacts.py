@@ -6,7 +6,6 @@ the bytes are hashed by us before they are stored and on every way out.
 
 import hashlib
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -195,30 +194,41 @@ def artifact_open(sha256: str) -> IO[bytes]:
     raise ArtifactDamaged(f"artifact {sha256} holds bytes of another hash ({found}); restore a backup")
 
 
-def artifact_download(sha256: str, destination: Path) -> None:
-    """Write the verified bytes of a hash to a file: temporary name, fsync, rename.
+def artifact_download(sha256: str, destination: Path) -> str:
+    """Write the bytes of a hash to a file that nobody else knows, hashed on their way; the caller makes them durable.
+
+    Returns:
+        The hash of what was written: `sha256`.
 
     Raises:
         ArtifactDamaged: As `artifact_open`.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with artifact_open(sha256) as stream:
-        handle, part = tempfile.mkstemp(prefix=".part-", dir=destination.parent)
-        try:
-            with side_effect("download.write"), os.fdopen(handle, "wb") as out:
-                while chunk := stream.read(CHUNK_BYTES):
-                    out.write(chunk)
-                out.flush()
-                os.fsync(out.fileno())
-            with side_effect("download.rename"):
-                Path(part).replace(destination)
-        finally:
-            with side_effect("download.part_remove"):
-                Path(part).unlink(missing_ok=True)
+    try:
+        for number in range(1, READS + 1):
+            with side_effect("download.write"), destination.open("wb") as out:
+                found = _copy(artifact_name(sha256), out)
+            if found == sha256:
+                return found
+            logger.error(
+                "artifact read with another hash sha256=%s found=%s read=%d of %d", sha256, found, number, READS
+            )
+    except BaseException as error:
+        _drop(destination)
+        if isinstance(error, FileNotFoundError):
+            raise ArtifactDamaged(f"artifact {sha256} is not in the store") from error
+        raise
+    _drop(destination)
+    raise ArtifactDamaged(f"artifact {sha256} holds bytes of another hash ({found}); restore a backup")
+
+
+def _drop(part: Path) -> None:
+    with side_effect("download.part_remove"):
+        part.unlink(missing_ok=True)
 
 
 def _copy(name: str, spool: IO[bytes]) -> str:
-    """Read a blob once into `spool`; returns the hash of what came."""
+    """Read a blob once into a file; returns the hash of what came."""
     digest = hashlib.sha256()
     with blob_store().open(name, "rb") as stored:
         while chunk := stored.read(CHUNK_BYTES):

@@ -80,6 +80,11 @@ class Environment(BaseSettings):
     garbage_after_seconds: float = Field(
         86_400.0, ge=60, le=31_536_000, description="Blobs that nothing refers to are removed after this long."
     )
+    cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="Files of a worker machine (LoRAs, bases, pictures) that are kept for reuse. 0: half of its disk.",
+    )
     upload_max_bytes: int = Field(64 * 2**20, ge=2**20, description="Largest single upload.")
     worker_threads: int = Field(
         1, ge=1, le=64, description="Torch threads of a CPU worker; more than 1 only on idle cores."

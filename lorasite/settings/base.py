@@ -165,6 +165,7 @@ LORASITE: dict[str, Any] = {
     "MAX_RUNNING_TRAININGS_PER_PERSON": ENVIRONMENT.max_running_trainings_per_person,
     "WORKER_MEMORY_BYTES": ENVIRONMENT.worker_memory_bytes,
     "GARBAGE_AFTER_SECONDS": ENVIRONMENT.garbage_after_seconds,
+    "CACHE_BYTES": ENVIRONMENT.cache_bytes,
     "UPLOAD_MAX_BYTES": ENVIRONMENT.upload_max_bytes,
     "WORKER_THREADS": ENVIRONMENT.worker_threads,
 }

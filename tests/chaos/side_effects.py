@@ -8,7 +8,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 ON_THE_PATH = ["jobs/*.py", "jobs/work/*.py", "gpu_worker/*.py"]
-ON_THE_PATH += [f"core/{name}.py" for name in ("checkpoint", "durable_folder", "tensor_files", "file_cache")]
+ON_THE_PATH += [f"core/{name}.py" for name in ("checkpoint", "durable_folder", "tensor_files")]
+ON_THE_PATH += [f"core/{name}.py" for name in ("file_cache", "cache_journal", "cache_rooms")]
 """Files through which a job passes between its submission and its end."""
 NOT_ON_IT = frozenset({"jobs/library.py"})
 """What people change by themselves: one transaction each, no job."""
