@@ -5,17 +5,57 @@ Imports no ML library, so the web tier validates with the very classes that the 
 
 import hashlib
 import json
+import re
 import unicodedata
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from core.errors import ConfigError
+from core.webui_names import understand_webui_names
 
 MAX_SEED = 2**63 - 1
+MAX_HIRES_PX = 4096
+LATER_FIELDS = frozenset(
+    {
+        "schedule",
+        "init_image",
+        "mask",
+        "denoising_strength",
+        "hires",
+        "vae",
+        "exact",
+        "image_format",
+        "image_quality",
+        "preview_every_steps",
+    }
+)
+"""Fields of `GenerateConfig` that its first version did not have."""
+
+FIRST_SAMPLERS = frozenset({"default", "dpmpp_2m", "euler", "euler_a", "ddim"})
+PROMPT_SYNTAX = re.compile(r"[()\[\]\\]|\bBREAK\b")
+"""What gives parts of a prompt more or less weight, or splits it."""
 
 TargetPreset = Literal["attention", "attention_ff", "all_linear", "with_conv"]
-Sampler = Literal["default", "dpmpp_2m", "euler", "euler_a", "ddim"]
+Sampler = Literal[
+    "default",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
+    "dpm2",
+    "dpm2_a",
+    "euler",
+    "euler_a",
+    "heun",
+    "lms",
+    "ddim",
+    "pndm",
+    "unipc",
+    "lcm",
+]
+Schedule = Literal["default", "automatic", "uniform", "karras", "exponential", "sgm_uniform"]
+ImageFormat = Literal["png", "jpeg", "webp"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
@@ -33,6 +73,7 @@ def _refuse_control_characters(text: str) -> str:
 
 
 CleanText = Annotated[str, BeforeValidator(_compose), AfterValidator(_refuse_control_characters)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PromptText = Annotated[
     str, Field(max_length=4000), BeforeValidator(_compose), AfterValidator(_refuse_control_characters)
 ]
@@ -163,8 +204,21 @@ class TrainConfig(Config):
 class LoraUse(Config):
     """One LoRA in a generation: which, and how strongly."""
 
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the kohya/WebUI file.")
+    sha256: Sha256 = Field(description="SHA-256 of the kohya/WebUI file.")
     weight: float = Field(1.0, ge=-4, le=4, description="Multiplier on top of the file's own alpha / rank scale.")
+
+
+class HiresConfig(Config):
+    """A second pass at a larger size: more detail without the doubled bodies of a large first pass."""
+
+    scale: float = Field(2.0, gt=1, le=4, description="Sides of the second pass over those of the first, above 1 to 4.")
+    steps: int | None = Field(None, ge=1, le=150, description="Steps of the second pass. Null: as many as the first.")
+    denoising_strength: float = Field(
+        0.7, ge=0, le=1, description="How much the second pass changes: 0 hardly anything, 1 everything."
+    )
+    upscaler: Literal["latent", "lanczos"] = Field(
+        "latent", description="What enlarges between the passes: the latents, or the picture with a Lanczos filter."
+    )
 
 
 class GenerateConfig(Config):
@@ -178,7 +232,9 @@ class GenerateConfig(Config):
     height: int = Field(512, ge=32, le=2048, description="Height in pixels, a multiple of the base's step.")
     steps: int = Field(25, ge=1, le=150, description="Denoising steps, 1-150.")
     guidance: float = Field(7.0, ge=1, le=30, description="Classifier-free guidance scale; 1 switches it off.")
-    sampler: Sampler = Field("default", description="default is the base's own scheduler.")
+    sampler: Sampler = Field(
+        "default", description="default is the base's own scheduler. WebUI's names (DPM++ 2M Karras) are understood."
+    )
     clip_skip: int | None = Field(
         None,
         ge=1,
@@ -186,12 +242,70 @@ class GenerateConfig(Config):
         description="WebUI convention: 1 = last text layer, 2 = the one before. Null: base's default.",
     )
     loras: tuple[LoraUse, ...] = Field((), max_length=8, description="LoRAs to apply together, at most 8.")
+    schedule: Schedule = Field(
+        "default",
+        description="How the noise levels are spaced. default: as the base's own scheduler; automatic: as WebUI does "
+        "for the sampler. WebUI's names are understood.",
+    )
+    init_image: Sha256 | None = Field(
+        None, description="SHA-256 of a picture to begin from (img2img), fitted to width and height. Null: from noise."
+    )
+    mask: Sha256 | None = Field(
+        None, description="SHA-256 of a picture that is white where init_image may change (inpainting)."
+    )
+    denoising_strength: float = Field(
+        0.75, ge=0, le=1, description="How much init_image changes: 0 hardly anything, 1 everything."
+    )
+    hires: HiresConfig | None = Field(None, description="A second pass at a larger size. Null: none.")
+    vae: CleanText | None = Field(
+        None, min_length=1, max_length=200, description="Name or fingerprint of another VAE. Null: the base's own."
+    )
+    exact: bool = Field(
+        False, description="Never share a forward: the same bytes whatever else runs, for more time per picture."
+    )
+    image_format: ImageFormat = Field("png", description="Of the stored pictures: png, jpeg or webp.")
+    image_quality: int = Field(90, ge=1, le=100, description="Of jpeg and webp, 1-100.")
+    preview_every_steps: int = Field(
+        0, ge=0, le=150, description="Denoising steps between previews of the first picture; 0: none."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _webui_names(cls, values: Any) -> Any:
+        return understand_webui_names(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _pictures_fit(self) -> Self:
+        if self.mask is not None and self.init_image is None:
+            raise ValueError("mask needs init_image: name the picture whose white part may change")
+        if self.hires is not None:
+            if self.init_image is not None:
+                raise ValueError("hires is for pictures from noise: leave out hires, or init_image")
+            longest = round(max(self.width, self.height) * self.hires.scale)
+            if longest > MAX_HIRES_PX:
+                raise ValueError(f"hires makes a side of {longest} px, {MAX_HIRES_PX} is the most: lower scale or size")
+        return self
 
     @model_validator(mode="after")
     def _seeds_fit(self) -> Self:
         if self.seed + self.count - 1 > MAX_SEED:
             raise ValueError(f"seed {self.seed} + count {self.count} passes {MAX_SEED}: choose a smaller seed")
         return self
+
+    def dump(self) -> dict[str, object]:
+        """Plain JSON values, defaults written out; but of `LATER_FIELDS` only what differs from its default.
+
+        So a request that uses none of them has the hash that it always had, and older workers can read it.
+        """
+        values = self.model_dump(mode="json")
+        defaults = {name: GenerateConfig.model_fields[name].default for name in LATER_FIELDS}
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
+    @property
+    def spec_version(self) -> int:
+        """2 for what a worker of the first version does not understand or would draw differently, else 1."""
+        newer = self.dump().keys() & LATER_FIELDS or self.sampler not in FIRST_SAMPLERS
+        return 2 if newer or PROMPT_SYNTAX.search(f"{self.prompt} {self.negative_prompt}") else 1
 
     def seeds(self) -> list[int]:
         """The seed of each picture, in order; length `count`."""

@@ -26,7 +26,6 @@ from jobs.models import (
     TrainingRun,
     User,
 )
-from jobs.models.job import SPEC_VERSION
 from jobs.status import JobKind, JobState
 from jobs.wakeup import announce
 
@@ -44,6 +43,7 @@ def job_submit(
     request: dict[str, Any] | None = None,
     units: float = 1.0,
     batch_key: str = "",
+    spec_version: int = 1,
     refuse: Callable[[], None] = lambda: None,
     attach: Callable[[Job], object],
 ) -> Job:
@@ -55,6 +55,7 @@ def job_submit(
         request: What the person asked for, to tell a repeated request from another one under the same key.
         units: Amount of work, as `jobs/estimates.py` counts it for this kind.
         batch_key: Jobs of the same key may share one forward; empty: runs alone.
+        spec_version: The oldest workers that understand `spec`.
         refuse: Raises where the request cannot be served now; not asked again for a repeated request.
         attach: Creates the request row (TrainingRun ...) of the new job; runs in the same transaction.
 
@@ -81,7 +82,7 @@ def job_submit(
                     owner=owner,
                     kind=kind,
                     spec=spec,
-                    spec_version=SPEC_VERSION,
+                    spec_version=spec_version,
                     spec_hash=canonical_json_hash(spec),
                     base_model=base_model,
                     batch_key=batch_key,
@@ -271,6 +272,7 @@ def generation_submit(
         request={"base_model": str(base_model.pk), **config.dump()},
         units=generation_units(config),
         batch_key=generation_batch_key(config, base_model),
+        spec_version=config.spec_version,
         attach=attach,
     )
 

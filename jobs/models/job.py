@@ -8,8 +8,8 @@ from django.db.models.functions import Now
 from jobs.models.record import OwnedQuerySet, OwnedRecord
 from jobs.status import ACTIVE, LEASED, TERMINAL, AttemptOutcome, JobKind, JobState
 
-SPEC_VERSION = 1
-"""Raise it when a specification may hold what older code does not understand."""
+SPEC_VERSION = 2
+"""Newest that this code understands; raise it when a specification may hold what older code does not."""
 
 
 class JobQuerySet(OwnedQuerySet):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config import GenerateConfig, PreprocessConfig, TrainConfig
+from core.config import GenerateConfig, PreprocessConfig, TrainConfig, canonical_json_hash
 from core.errors import ConfigError
 
 VISIBLE_OR_LINES = st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\t")
@@ -54,3 +54,78 @@ def test_every_other_text_is_kept_but_for_its_composition_and_read_back_unchange
     config = GenerateConfig.parse({"prompt": text})
     assert config.prompt == unicodedata.normalize("NFC", text)
     assert GenerateConfig.parse(config.dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "expected"),
+    [
+        ("Euler a", None, ("euler_a", "default")),
+        ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")),
+        ("DPM++ 2M SDE Karras", "Automatic", ("dpmpp_2m_sde", "karras")),
+        ("dpm++ 2m", "SGM Uniform", ("dpmpp_2m", "sgm_uniform")),
+        ("PLMS", "automatic", ("pndm", "automatic")),
+        ("k_euler_a", "normal", ("euler_a", "uniform")),
+        ("dpmpp_2m", "karras", ("dpmpp_2m", "karras")),
+    ],
+)
+def test_samplers_and_schedules_are_understood_under_their_webui_names(
+    sampler: str, schedule: str | None, expected: tuple[str, str]
+) -> None:
+    values: dict[str, object] = {"prompt": "x", "sampler": sampler}
+    config = GenerateConfig.parse(values if schedule is None else values | {"schedule": schedule})
+
+    assert (config.sampler, config.schedule) == expected
+
+
+def test_an_unknown_sampler_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ConfigError, match="sampler: .*'dpmpp_2m'.*got 'DPM fast'"):
+        GenerateConfig.parse({"prompt": "x", "sampler": "DPM fast"})
+
+
+def test_a_request_without_later_fields_has_the_hash_and_the_version_that_it_always_had() -> None:
+    first = {
+        "prompt": "a red apple", "negative_prompt": "", "count": 1, "seed": 0, "width": 512, "height": 512,
+        "steps": 25, "guidance": 7.0, "sampler": "default", "clip_skip": None, "loras": [],
+    }  # fmt: skip
+    config = GenerateConfig.parse(first)
+
+    assert config.dump() == first
+    assert config.content_hash() == canonical_json_hash(first)
+    assert config.spec_version == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schedule": "karras"},
+        {"sampler": "heun"},
+        {"init_image": "0" * 64, "denoising_strength": 0.5},
+        {"hires": {"scale": 1.5}},
+        {"exact": True},
+        {"image_format": "webp"},
+        {"prompt": "a (red:1.2) apple"},
+    ],
+)
+def test_what_older_workers_do_not_know_is_kept_from_them_and_read_back_unchanged(change: dict[str, object]) -> None:
+    config = GenerateConfig.parse({"prompt": "x"} | change)
+
+    assert config.spec_version == 2
+    assert GenerateConfig.parse(config.dump()) == config
+    assert config.content_hash() != GenerateConfig.parse({"prompt": "x"}).content_hash()
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"mask": "0" * 64}, "mask needs init_image"),
+        ({"hires": {"scale": 4.5}}, "hires.scale"),
+        ({"hires": {}, "init_image": "0" * 64}, "hires is for pictures from noise"),
+        ({"hires": {"scale": 4}, "width": 2048}, "8192 px, 4096 is the most"),
+        ({"denoising_strength": 1.5}, "denoising_strength"),
+        ({"init_image": "/etc/passwd"}, "init_image"),
+        ({"image_format": "gif"}, "image_format"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_with_the_reason(values: dict[str, object], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        GenerateConfig.parse({"prompt": "x"} | values)
