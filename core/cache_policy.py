@@ -11,10 +11,12 @@ from typing import Any
 
 REMEMBERED_REQUESTS = 8
 """Of each name. The last eight of a popular one are young, so that its fall shows soon; a rare one's tell its rate."""
-NEWCOMER_DISCOUNT = 0.8
-"""One request says little: it counts 0.2, the second 1.2. What is asked for once leaves before what came back."""
-GRACE_SHARE = 0.25
-"""Ages are counted from this share of the number of entries, or the newest would always be the most popular."""
+SHIFTING, STEADY = (0.8, 0.25), (0.9, 1.0)
+"""(Discount, grace) for times in which favourites change, and for others: what one request counts less than 1, and
+from which share of the number of entries on ages are counted. The first lets newcomers stay for longer to show what
+they are worth; the second asks for more requests before one takes the place of an old favourite."""
+FORGETS_AFTER = 3000
+"""Requests after which a miss of the two rules weighs a third in their comparison."""
 
 
 @dataclass
@@ -28,14 +30,101 @@ class _Entry:
     """Fetched ahead: the request that it was fetched for is still to come."""
 
 
+class _Rates:
+    """Names in a cache, judged by one rule.
+
+    The score is `(n - discount) / (age of the oldest of its last n <= 8 requests + grace)`, the lowest goes first.
+    """
+
+    def __init__(self, rule: tuple[float, float]) -> None:
+        self.rule = rule
+        self.used = 0
+        self.now = 0
+        self.held: dict[str, _Entry] = {}
+        self.ghosts: OrderedDict[str, _Entry] = OrderedDict()
+
+    def touch(self, name: str) -> bool:
+        entry = self.held.get(name)
+        if entry is not None:
+            self._count(entry)
+        return entry is not None
+
+    def admit(self, name: str, size: int, *, ahead: bool = False) -> None:
+        self.forget(name)
+        entry = self.ghosts.pop(name, None) or _Entry()
+        self._count(entry)
+        entry.size, entry.is_expected = size, ahead
+        self.held[name] = entry
+        self.used += size
+
+    def forget(self, name: str) -> None:
+        entry = self.held.pop(name, None)
+        if entry is None:
+            return
+        self.used -= entry.size
+        if entry.is_expected:
+            entry.is_expected = False
+            entry.requests.pop()
+        if entry.requests:
+            self.ghosts[name] = entry
+        while len(self.ghosts) > len(self.held) + 1:
+            self.ghosts.popitem(last=False)
+
+    def victims(self) -> Iterator[str]:
+        discount, grace = self.rule[0], self.rule[1] * len(self.held)
+        heap = [
+            ((len(entry.requests) - discount) / (self.now - entry.requests[0] + grace), name)
+            for name, entry in self.held.items()
+        ]
+        heapq.heapify(heap)
+        while heap:
+            yield heapq.heappop(heap)[1]
+
+    def room_for(self, size: int, capacity: int) -> list[str]:
+        chosen, left = [], self.used
+        if left + size > capacity:
+            for name in self.victims():
+                chosen.append(name)
+                left -= self.held[name].size
+                if left + size <= capacity:
+                    break
+        return chosen
+
+    def request(self, name: str, size: int, capacity: int) -> bool:
+        if self.touch(name):
+            return True
+        for victim in self.room_for(size, capacity):
+            self.forget(victim)
+        self.admit(name, size)
+        return False
+
+    def dump(self) -> dict[str, Any]:
+        held = [[name, e.size, list(e.requests), e.is_expected] for name, e in self.held.items()]
+        return {"now": self.now, "held": held, "ghosts": [[n, list(e.requests)] for n, e in self.ghosts.items()]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.now = int(state["now"])
+        for name, size, requests, is_expected in state["held"]:
+            self.held[str(name)] = _Entry(int(size), _numbers(requests), bool(is_expected))
+        self.ghosts = OrderedDict((str(name), _Entry(0, _numbers(requests))) for name, requests in state["ghosts"])
+        self.used = sum(entry.size for entry in self.held.values())
+
+    def _count(self, entry: _Entry) -> None:
+        self.now += 1
+        if entry.is_expected:
+            entry.requests.pop()  # Of the fetch; this is the request that it was for.
+            entry.is_expected = False
+        entry.requests.append(self.now)
+
+
 class CachePolicy:
     """Keeps the names that are asked for most often per request of all, judged by each one's last requests.
 
-    The score is `(n - 0.8) / (age of the oldest of its last n <= 8 requests + grace)`, the lowest goes first: LRU-K
-    (O'Neil et al., SIGMOD 1993) with the rate estimate of hyperbolic caching (Blankstein et al., ATC 2017). So a scan
-    of names that are asked for once pushes nothing out, and last week's favourite leaves. Sizes do not enter the
-    score: a byte kept is worth the rate of its file, whatever the size. As many names as are in the cache are
-    remembered after they left (the ghosts), so that one that comes back is no stranger.
+    LRU-K (O'Neil et al., SIGMOD 1993) with the rate estimate of hyperbolic caching (Blankstein et al., ATC 2017):
+    names that are asked for once push out no favourite, and last week's favourite leaves. Sizes do not enter the
+    score, since a byte kept is worth the rate of its file, whatever the size. As many names as are in the cache are
+    remembered after they left (the ghosts), so that one that comes back is no stranger. How much a newcomer counts is
+    learnt: two shadows play the same requests by one rule each, and the rule that missed fewer bytes of late decides.
 
     Args:
         capacity: Bytes; may be changed at any time.
@@ -43,33 +132,36 @@ class CachePolicy:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.used = 0
-        """Bytes of everything in the cache."""
-        self._now = 0
-        self._held: dict[str, _Entry] = {}
-        self._ghosts: OrderedDict[str, _Entry] = OrderedDict()
+        self._real = _Rates(SHIFTING)
+        self._shadows = (_Rates(SHIFTING), _Rates(STEADY))
+        self._missed = [0.0, 0.0]
+        """Bytes that each shadow missed, older ones weighing less."""
 
     def __contains__(self, name: str) -> bool:
-        return name in self._held
+        return name in self._real.held
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._real.held)
+
+    @property
+    def used(self) -> int:
+        """Bytes of everything in the cache."""
+        return self._real.used
 
     def names(self) -> list[str]:
         """Of everything in the cache."""
-        return list(self._held)
+        return list(self._real.held)
 
     def size_of(self, name: str) -> int:
         """Bytes of an entry; 0 when it is not in the cache."""
-        entry = self._held.get(name)
+        entry = self._real.held.get(name)
         return entry.size if entry else 0
 
     def touch(self, name: str) -> bool:
         """One request. Whether it is in the cache; a name that is not is remembered only by `admit`."""
-        entry = self._held.get(name)
-        if entry is None:
+        if not self._real.touch(name):
             return False
-        self._count(entry)
+        self._learn(name, self._real.held[name].size)
         return True
 
     def admit(self, name: str, size: int, *, ahead: bool = False) -> None:
@@ -79,49 +171,25 @@ class CachePolicy:
             size: Bytes, >= 0. Admitting again corrects the size.
             ahead: Nobody has asked for it yet; its first request will not count twice.
         """
-        self.forget(name)
-        entry = self._ghosts.pop(name, None) or _Entry()
-        self._count(entry)
-        entry.size, entry.is_expected = size, ahead
-        self._held[name] = entry
-        self.used += size
+        self._real.admit(name, size, ahead=ahead)
+        if not ahead:
+            self._learn(name, size)
 
     def forget(self, name: str) -> None:
         """It is not in the cache any more; harmless when it was not."""
-        entry = self._held.pop(name, None)
-        if entry is None:
-            return
-        self.used -= entry.size
-        if entry.is_expected:
-            entry.is_expected = False
-            entry.requests.pop()
-        if entry.requests:
-            self._ghosts[name] = entry
-        while len(self._ghosts) > len(self._held) + 1:
-            self._ghosts.popitem(last=False)
+        self._real.forget(name)
 
     def victims(self) -> Iterator[str]:
         """Everything in the cache, what should go first first. Found one by one; the caller may pass some over."""
-        grace = GRACE_SHARE * len(self._held)
-        heap = [(self._score(entry, grace), name) for name, entry in self._held.items()]
-        heapq.heapify(heap)
-        while heap:
-            yield heapq.heappop(heap)[1]
+        return self._real.victims()
 
     def room_for(self, size: int) -> list[str]:
         """The names that must go so that `size` more bytes fit, where nothing is in use."""
-        chosen, left = [], self.used
-        if left + size > self.capacity:
-            for name in self.victims():
-                chosen.append(name)
-                left -= self._held[name].size
-                if left + size <= self.capacity:
-                    break
-        return chosen
+        return self._real.room_for(size, self.capacity)
 
     def request(self, name: str, size: int, *, ahead: bool = False) -> bool:
         """Whether it was there; it is afterwards. For simulations: real files are fetched between the two."""
-        if name in self._held:
+        if name in self:
             return ahead or self.touch(name)
         for victim in self.room_for(size):
             self.forget(victim)
@@ -130,8 +198,8 @@ class CachePolicy:
 
     def dump(self) -> dict[str, Any]:
         """Everything as JSON values."""
-        held = [[name, e.size, list(e.requests), e.is_expected] for name, e in self._held.items()]
-        return {"now": self._now, "held": held, "ghosts": [[n, list(e.requests)] for n, e in self._ghosts.items()]}
+        shadows = [shadow.dump() for shadow in self._shadows]
+        return {"missed": list(self._missed), "real": self._real.dump(), "shadows": shadows}
 
     @classmethod
     def load(cls, state: dict[str, Any], capacity: int) -> "CachePolicy":
@@ -141,22 +209,21 @@ class CachePolicy:
             KeyError, TypeError, ValueError: It is something else.
         """
         policy = cls(capacity)
-        policy._now = int(state["now"])
-        for name, size, requests, is_expected in state["held"]:
-            policy._held[str(name)] = _Entry(int(size), _numbers(requests), bool(is_expected))
-        policy._ghosts = OrderedDict((str(name), _Entry(0, _numbers(requests))) for name, requests in state["ghosts"])
-        policy.used = sum(entry.size for entry in policy._held.values())
+        policy._missed = [float(missed) for missed in state["missed"]]
+        for rates, values in zip((policy._real, *policy._shadows), (state["real"], *state["shadows"]), strict=True):
+            rates.load(values)
+        policy._choose()
         return policy
 
-    def _count(self, entry: _Entry) -> None:
-        self._now += 1
-        if entry.is_expected:
-            entry.requests.pop()  # Of the fetch; this is the request that it was for.
-            entry.is_expected = False
-        entry.requests.append(self._now)
+    def _learn(self, name: str, size: int) -> None:
+        for number, shadow in enumerate(self._shadows):
+            missed = 0 if shadow.request(name, size, self.capacity) else size
+            self._missed[number] += missed - self._missed[number] / FORGETS_AFTER
+        self._choose()
 
-    def _score(self, entry: _Entry, grace: float) -> float:
-        return (len(entry.requests) - NEWCOMER_DISCOUNT) / (self._now - entry.requests[0] + grace)
+    def _choose(self) -> None:
+        shifting, steady = self._missed
+        self._real.rule = SHIFTING if shifting <= steady else STEADY
 
 
 def _numbers(requests: list[int]) -> deque[int]:
