@@ -17,7 +17,7 @@ from jobs.models import Job, WorkerProcess
 from jobs.prepared_sql import Read, listed, parameters, rounded_up, send
 from jobs.queue import free_workers, owners_of, running_now, waiting_candidates
 from jobs.recovery import expired_leases_requeue
-from jobs.scheduling import Candidate, Scheduler
+from jobs.scheduling import PICTURES_PER_BATCH, Candidate, Scheduler
 from jobs.status import INTERACTIVE, QUEUES, JobKind, JobState
 from jobs.usage import usage_lock, usage_locking
 
@@ -25,14 +25,23 @@ LOOKS = 4
 """Times that a claim reads the line again because others took all that it saw."""
 
 
-def jobs_claim(*, kind: str, worker: WorkerProcess, at_most: int = 1) -> list[Claim]:
+def jobs_claim(
+    *,
+    kind: str,
+    worker: WorkerProcess,
+    at_most: int = 1,
+    batch_key: str = "",
+    pictures: int = PICTURES_PER_BATCH,
+) -> list[Claim]:
     """Take the best claimable job of this kind and, of pictures, others that may share its forward, in order.
 
     Args:
         at_most: Jobs, >= 1.
+        batch_key: Of a run that they join; empty: of whatever the best job is.
+        pictures: Of all of them together, where they join a run.
 
     Returns:
-        Nothing when nothing waits that may run here now.
+        Nothing when nothing waits that may run here now, or when it is the turn of a job that cannot join.
     """
     # Lost leases go back to the queue first: the next claim finds them, and not only the dispatcher's sweep.
     swept = False
@@ -51,7 +60,12 @@ def jobs_claim(*, kind: str, worker: WorkerProcess, at_most: int = 1) -> list[Cl
         for first in scheduler.order(candidates):
             if (first.owner_id, first.kind) in full:
                 continue
-            claims, reached = _take_all(_with_companions(scheduler, first, at_most), worker)
+            if batch_key and (first.batch_key != batch_key or first.was_lost):
+                return []
+            batch = _with_companions(scheduler, first, at_most, pictures)
+            if batch_key and batch[0].pictures > pictures:
+                return []
+            claims, reached = _take_all(batch, worker)
             if claims:
                 return claims
             full |= reached
@@ -97,13 +111,13 @@ def _startable(candidates: list[Candidate], now: datetime, worker: WorkerProcess
     ]
 
 
-def _with_companions(scheduler: Scheduler, first: Candidate, at_most: int) -> list[Candidate]:
+def _with_companions(scheduler: Scheduler, first: Candidate, at_most: int, pictures: int) -> list[Candidate]:
     if at_most == 1 or not first.batch_key or first.kind != JobKind.GENERATE:
         return [first]
     same = waiting_candidates([first.kind], batch_key=first.batch_key, per_owner=at_most).candidates
     # With its number of pictures. When it is not there any more, taking it fails as well.
     first = next((job for job in same if job.job_id == first.job_id), first)
-    return scheduler.batch(first, same, at_most=at_most)
+    return scheduler.batch(first, same, at_most=at_most, pictures=pictures)
 
 
 def _take_all(batch: Sequence[Candidate], worker: WorkerProcess) -> tuple[list[Claim], set[tuple[UUID, str]]]:

@@ -157,8 +157,15 @@ class Scheduler:
                 ahead += max(job.estimated_seconds, 1.0)
                 heapq.heappush(heads, (self._between_owners(own[owner_id][-1], ahead, False), owner_id, ahead))
 
-    def batch(self, first: Candidate, companions: Iterable[Candidate], *, at_most: int) -> list[Candidate]:
-        """`first` and those that share its forward: same non-empty batch key, `PICTURES_PER_BATCH` in all, in order.
+    def batch(
+        self,
+        first: Candidate,
+        companions: Iterable[Candidate],
+        *,
+        at_most: int,
+        pictures: int = PICTURES_PER_BATCH,
+    ) -> list[Candidate]:
+        """`first` and those that share its forward: same non-empty batch key, so many `pictures` in all, in order.
 
         One that was lost before runs alone: should it take its worker down again, nobody else is lost with it.
 
@@ -166,16 +173,16 @@ class Scheduler:
             companions: Waiting jobs; those of another key, and `first` itself, are passed over.
             at_most: Jobs, >= 1.
         """
-        chosen, pictures = [first], first.pictures
+        chosen, asked = [first], first.pictures
         if first.batch_key and first.kind == JobKind.GENERATE and at_most > 1 and not first.was_lost:
             same = [job for job in companions if job.batch_key == first.batch_key and job.kind == first.kind]
             for job in self.order(job for job in same if not job.was_lost):
                 if len(chosen) >= at_most:
                     break
-                fits = pictures + job.pictures <= PICTURES_PER_BATCH
+                fits = asked + job.pictures <= pictures
                 if job.job_id != first.job_id and fits and self.may_run(job, chosen=chosen):
                     chosen.append(job)
-                    pictures += job.pictures
+                    asked += job.pictures
         return chosen
 
     def is_coming(self, job: Candidate) -> bool:

@@ -278,19 +278,16 @@ def generation_submit(
 
 
 def generation_batch_key(config: GenerateConfig, base_model: BaseModel) -> str:
-    """What two requests must have in common to share one forward of `core.generate`; "" for one that fills its own.
+    """What two requests must have in common to share a run of `core.generate`; "" for one that runs alone.
 
-    One forward has one model, one tensor shape, one schedule and one guidance scale. Prompts, negative prompts and
-    seeds are rows of the batch and may differ.
+    A run has one model, one VAE and one tensor shape. Prompts, seeds, steps, guidance, samplers and LoRAs are each
+    picture's own. An exact picture shares its forwards with nobody, so that company would only slow it down.
     """
-    if config.count > PICTURES_PER_BATCH:
+    if config.count > PICTURES_PER_BATCH or config.exact:
         return ""
-    shared: dict[str, Any] = config.model_dump(
-        mode="json", include={"width", "height", "steps", "guidance", "sampler", "loras"}
-    )
+    shared: dict[str, Any] = config.model_dump(mode="json", include={"width", "height", "vae"})
+    shared["hires_scale"] = config.hires.scale if config.hires else None
     shared["base"] = base_model.fingerprint
-    # Null and the base's default are the same layer.
-    shared["clip_skip"] = config.clip_skip or base_model.base_facts().default_clip_skip
     return canonical_json_hash(shared)
 
 

@@ -10,7 +10,7 @@ from celery import shared_task
 from jobs.doorbells import task_name
 from jobs.drain import drain
 from jobs.status import JobKind
-from jobs.work.generate import GenerateWork, compute_together
+from jobs.work.generate import GenerateWork, compute_as_they_come
 from jobs.work.prepare_base import PrepareBaseWork
 from jobs.work.preprocess import PreprocessWork
 from jobs.work.train import TrainWork
@@ -45,4 +45,4 @@ def generate() -> None:
     """Queue gpu: a prompt becomes pictures."""
     from gpu_worker.generation import Order, run_generations
 
-    drain(JobKind.GENERATE, partial(GenerateWork, run=run_generations, order=Order), compute_together)
+    drain(JobKind.GENERATE, partial(GenerateWork, run=run_generations, order=Order), compute_as_they_come)

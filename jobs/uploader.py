@@ -124,12 +124,17 @@ class Uploader:
         """Wait until one more result may be computed. False when `give_up` says so first."""
         while not give_up():
             with self._changed:
-                results = [upload for upload in self._pending if upload.is_result]
-                stored_bytes = sum(upload.size_bytes for upload in results)
-                if len(results) < self._most_pending and stored_bytes < self._most_pending_bytes:
+                if self.has_room():
                     return True
                 self._changed.wait(LOOK_SECONDS)
         return False
+
+    def has_room(self) -> bool:
+        """Whether one more result may be computed."""
+        with self._changed:
+            results = [upload for upload in self._pending if upload.is_result]
+            stored_bytes = sum(upload.size_bytes for upload in results)
+            return len(results) < self._most_pending and stored_bytes < self._most_pending_bytes
 
     def wait_for(self, upload: Upload, seconds: float) -> bool:
         """Whether it is in the store within this time."""

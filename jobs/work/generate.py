@@ -1,11 +1,10 @@
-"""A generate job: a request in, pictures out; several that fit each other in one forward."""
+"""A generate job: a request in, pictures out; several that fit each other share their forwards."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.config import GenerateConfig
-from core.errors import Interrupted
 from core.failpoints import side_effect
 from jobs.artifacts import artifact_put, artifacts_pin
 from jobs.heartbeat import Hold
@@ -18,28 +17,35 @@ class GenerateWork:
     """One claimed generate job."""
 
     def __init__(self, hold: Hold, *, run: Callable[..., Any], order: Callable[..., Any]) -> None:
-        self.hold, self._run, self._order = hold, run, order
+        self.hold, self.run, self._order = hold, run, order
         self.pictures: Sequence[Any] = ()
         self.request = GenerationRequest.objects.select_related("base_model").get(job=hold.job)
 
     def compute(self) -> None:
         """Generate into the scratch folder."""
-        (error,) = compute_together([self])
-        if error is not None:
+        errors: list[Exception | None] = []
+        compute_as_they_come([self], lambda room: (), lambda work, error: errors.append(error))
+        if (error := errors[0]) is not None:
             raise error
 
     def files(self) -> list[Path]:
         """The pictures."""
         return [picture.path for picture in self.pictures]
 
-    def order(self) -> Any:
-        """The request by value."""
+    def order(self, *, company: Sequence[Hold] = ()) -> Any:
+        """The request by value.
+
+        Args:
+            company: Holds that wait while its files are fetched.
+        """
+        files = node_cache().checking(self.hold.heed)
         uses = self.request.lora_uses.select_related("lora_version__lora").order_by("id")
         return self._order(
             config=GenerateConfig.parse(self.hold.job.spec),
             lora_names=[use.lora_version.lora.name for use in uses],
             folder=scratch_open(self.hold),
             report=self.hold.report,
+            fetch=self.hold.watched(files.get, company=company),
         )
 
     def store(self) -> None:
@@ -68,34 +74,37 @@ class GenerateWork:
             )
 
 
-def compute_together(works: Sequence[GenerateWork]) -> list[Exception | None]:
-    """Generate requests of the same batch key at once. Returns for each what stopped it alone."""
-    base_model = works[0].request.base_model
+def compute_as_they_come(
+    works: Sequence[GenerateWork],
+    join: Callable[[int], Sequence[GenerateWork]],
+    on_done: Callable[[GenerateWork, Exception | None], None],
+) -> None:
+    """Generate requests of one batch key that come and go; `jobs.company.Together`."""
+    first, base_model = works[0], works[0].request.base_model
+    under_way: dict[Any, GenerateWork] = {}
+    holds: list[Hold] = []  # of all of them: while the files of one come, the others wait for them, too
 
-    def heed() -> None:
-        """While files are fetched for all, nobody can leave alone: stop only when nobody wants to go on."""
-        stopped: Interrupted | None = None
-        for work in works:
-            try:
-                work.hold.heed()
-            except Interrupted as interruption:
-                stopped = interruption
-            else:
-                return
-        if stopped is not None:
-            raise stopped
+    def order_of(work: GenerateWork) -> Any:
+        order = work.order(company=holds)
+        under_way[order] = work
+        holds.append(work.hold)
+        return order
 
-    results = works[0]._run(
-        orders=[work.order() for work in works],
+    def done(order: Any, result: Sequence[Any] | Exception) -> None:
+        work = under_way.pop(order)
+        holds.remove(work.hold)
+        if isinstance(result, Exception):
+            on_done(work, result)
+        else:
+            work.pictures = result
+            on_done(work, None)
+
+    first.run(
+        orders=[order_of(work) for work in works],
         base_fingerprint=base_model.fingerprint,
         base_files=base_model.files,
         base_name=base_model.name,
-        fetch=works[0].hold.watched(node_cache().checking(heed).get, company=[work.hold for work in works[1:]]),
         memory_rung=max(work.hold.job.memory_rung for work in works),
+        join=lambda room: [order_of(work) for work in join(room)],
+        on_done=done,
     )
-    errors: list[Exception | None] = []
-    for work, result in zip(works, results, strict=True):
-        errors.append(result if isinstance(result, Interrupted) else None)
-        if not isinstance(result, Interrupted):
-            work.pictures = result
-    return errors

@@ -19,6 +19,7 @@ from typing import Any
 from tests.chaos import expected, journal
 
 GENERATE_STEP_SECONDS = 0.03
+ROOM = 8
 TRAIN_STEP_SECONDS = 0.03
 KEPT_CHECKPOINTS = 2
 
@@ -46,7 +47,7 @@ class Picture:
     height: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Order:
     """As `gpu_worker.generation.Order`."""
 
@@ -54,6 +55,7 @@ class Order:
     lora_names: Sequence[str]
     folder: Path
     report: Any
+    fetch: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,30 +72,44 @@ class WrongCheckpoint(Exception):
     """What lies in the work folder is not the state of this job after that many steps."""
 
 
-def run_generations(*, orders: Sequence[Order], fetch: Any, **_: Any) -> list[Any]:
-    """All requests of one forward, step by step side by side; one that is interrupted stops alone."""
+def run_generations(
+    *, orders: Sequence[Order], on_done: Callable[[Order, Any], None], join: Callable[[int], Sequence[Order]], **_: Any
+) -> None:
+    """Requests side by side, step by step; each leaves when it is done or interrupted, others join meanwhile."""
     from core.errors import Interrupted
 
-    attempts = [_attempt_of(order.folder) for order in orders]
-    stopped: dict[int, Interrupted] = {}
+    steps: dict[Order, int] = {}
     with contextlib.ExitStack() as stack:
-        for attempt in attempts:
-            stack.enter_context(_journaled("generate", attempt))
-        for use in orders[0].config.loras:
-            fetch(use.sha256).read_bytes()
-        for step in range(max(order.config.steps for order in orders)):
-            drawn = [n for n, order in enumerate(orders) if n not in stopped and step < order.config.steps]
-            for number in drawn:
-                journal.mine().write("step", step=step, **attempts[number])
-            time.sleep(GENERATE_STEP_SECONDS if drawn else 0)
-            for number in drawn:
+
+        def begin(order: Order) -> None:
+            steps[order] = 0
+            stack.enter_context(_journaled("generate", _attempt_of(order.folder)))
+            for use in order.config.loras:
+                order.fetch(use.sha256).read_bytes()
+
+        for order in orders:
+            begin(order)
+        while True:
+            for order in join(ROOM - len(steps)):
+                begin(order)
+            if not steps:
+                return
+            for order in steps:
+                journal.mine().write("step", step=steps[order], **_attempt_of(order.folder))
+            time.sleep(GENERATE_STEP_SECONDS)
+            for order in tuple(steps):
+                steps[order] += 1
+                total, attempt = order.config.steps, _attempt_of(order.folder)
+                result: Any = None
                 try:
-                    orders[number].report(
-                        _progress("denoising", step + 1, orders[number].config.steps, attempts[number])
-                    )
+                    order.report(_progress("denoising", steps[order], total, attempt))
                 except Interrupted as error:
-                    stopped[number] = error
-    return [stopped.get(number) or _pictures(order) for number, order in enumerate(orders)]
+                    result = error
+                if result is None and steps[order] == total:
+                    result = _pictures(order)
+                if result is not None:
+                    del steps[order]
+                    on_done(order, result)
 
 
 def _pictures(order: Order) -> list[Picture]:

@@ -84,6 +84,18 @@ def _newcomer() -> None:
     generation_submit(owner=newcomer, base_model=base, loras=[], values=values, idempotency_key="first")
 
 
+def _joined() -> None:
+    """A request comes while another is drawn, joins its run, and leaves first."""
+    from jobs import drain
+
+    drain.JOIN_SECONDS = 0.05
+    during(generate("first", steps=40), 1, lambda _: generate("second", prompt="another picture"))
+
+
+def _joined_check() -> list[str]:
+    return [*picture_is_right("first"), *picture_is_right("second", "another picture")]
+
+
 def _worker_goes_down() -> None:
     """SIGTERM in the middle of a training; the flag falls again once the job was given back."""
     from jobs import worker_context
@@ -369,6 +381,7 @@ STORIES = [
     _story("surprises at first"),
     _story("disk is full at first"),
     Scenario("newcomer", _newcomer, check=lambda: picture_is_right("first")),
+    Scenario("joined", _joined, check=_joined_check),
     Scenario("worker goes down", _worker_goes_down, check=lambda: lora_is_right("lora", 24)),
     Scenario(
         "somebody waits",

@@ -6,34 +6,41 @@ import pytest
 from PIL import Image
 
 from core.config import GenerateConfig, TrainConfig
-from core.errors import Cancelled, Interrupted
+from core.errors import Cancelled
 from core.memory_ladder import training_at
 from core.progress import Progress, Report, silent
 from gpu_worker import runtime
-from gpu_worker.generation import Order, Picture, run_generations
-from gpu_worker.settings import BaseRef, WorkerSettings
+from gpu_worker.generation import Order, Result, run_generations
+from gpu_worker.settings import BaseRef, Fetch, WorkerSettings
 
 SHARED = GenerateConfig(prompt="a red apple", width=32, height=32, steps=2, sampler="ddim")
 
 
-def order(folder: Path, report: Report = silent, **changes: object) -> Order:
+def no_files(sha256: str) -> Path:
+    raise AssertionError(f"nobody needs {sha256}")
+
+
+def order(folder: Path, report: Report = silent, fetch: Fetch = no_files, **changes: object) -> Order:
     folder.mkdir()
-    return Order(config=SHARED.model_copy(update=changes), lora_names=[], folder=folder, report=report)
+    config = SHARED.model_copy(update=changes)
+    return Order(config=config, lora_names=[], folder=folder, report=report, fetch=fetch)
 
 
 def cancelling(progress: Progress) -> None:
     raise Cancelled("stop")
 
 
-def generate(settings: WorkerSettings, base: BaseRef, orders: list[Order]) -> list[list[Picture] | Interrupted]:
-    return run_generations(
+def generate(base: BaseRef, orders: list[Order]) -> list[Result]:
+    results: dict[Order, Result] = {}
+    run_generations(
         orders=orders,
         base_fingerprint=base.fingerprint,
         base_files=base.files,
         base_name=base.name,
-        fetch=settings.fetch,
         memory_rung=0,
+        on_done=results.__setitem__,
     )
+    return [results[order] for order in orders]
 
 
 def test_each_request_gets_its_files_with_its_own_words_in_them(
@@ -41,7 +48,7 @@ def test_each_request_gets_its_files_with_its_own_words_in_them(
 ) -> None:
     runtime.start(settings_of_worker, [bases[0]])
     orders = [order(tmp_path / "a", seed=4, count=2), order(tmp_path / "b", prompt="a blue house", seed=9)]
-    first, second = generate(settings_of_worker, bases[0], orders)
+    first, second = generate(bases[0], orders)
     assert isinstance(first, list)
     assert isinstance(second, list)
     assert [(picture.seed, picture.path) for picture in first] == [
@@ -58,7 +65,7 @@ def test_one_that_stops_leaves_no_files_and_does_not_stop_the_other(
 ) -> None:
     runtime.start(settings_of_worker, [bases[0]])
     orders = [order(tmp_path / "a", report=cancelling), order(tmp_path / "b", seed=9)]
-    stopped, done = generate(settings_of_worker, bases[0], orders)
+    stopped, done = generate(bases[0], orders)
     assert isinstance(stopped, Cancelled)
     assert list((tmp_path / "a").iterdir()) == []
     assert isinstance(done, list)
@@ -70,7 +77,7 @@ def test_a_model_that_is_about_to_be_loaded_is_announced(
 ) -> None:
     runtime.start(settings_of_worker, [])
     stages: list[str] = []
-    generate(settings_of_worker, bases[0], [order(tmp_path / "a", report=lambda p: stages.append(p.stage))])
+    generate(bases[0], [order(tmp_path / "a", report=lambda p: stages.append(p.stage))])
     assert stages == ["loading the model", "denoising", "denoising"]
 
 

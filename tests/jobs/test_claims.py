@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,28 @@ def test_a_batch_holds_no_more_jobs_of_a_person_than_may_run(
     jobs = [make_job(batch_key="k") for _ in range(4)]
     other = make_job(owner=User.objects.create_user("other"), batch_key="k")
     assert set(batch(worker)) == {*jobs[:2], other}
+
+
+def test_a_run_is_joined_by_jobs_of_its_key_as_far_as_there_is_room(make_job: MakeJob, worker: WorkerProcess) -> None:
+    people = [User.objects.create_user(f"person-{n}") for n in range(3)]
+    jobs = [make_job(owner=owner, batch_key="k", spec={"count": 2}) for owner in people]
+    joins = partial(claims.jobs_claim, kind=GENERATE, worker=worker, at_most=8, batch_key="k")
+    assert joins(pictures=1) == []
+    assert [claim.job for claim in joins(pictures=5)] == jobs[:2]
+    assert [claim.job for claim in joins(pictures=2)] == jobs[2:]
+
+
+@pytest.mark.parametrize("change", [{"batch_key": "other"}, {"batch_key": ""}, {"batch_key": "k", "attempts_count": 1}])
+def test_nobody_joins_a_run_past_somebody_whose_turn_it_is(
+    make_job: MakeJob, worker: WorkerProcess, change: dict[str, object]
+) -> None:
+    first = make_job()
+    Job.objects.filter(pk=first.pk).update(**change)
+    later = make_job(owner=User.objects.create_user("other"), batch_key="k")
+    joins = partial(claims.jobs_claim, kind=GENERATE, worker=worker, at_most=8, batch_key="k")
+    assert joins() == []
+    assert batch(worker) == [first]
+    assert [claim.job for claim in joins()] == [later]
 
 
 def test_jobs_without_batch_key_come_alone(make_job: MakeJob, worker: WorkerProcess) -> None:

@@ -1,7 +1,7 @@
 """How every end of a piece of work becomes a state: a zoo of works that fail, stop, or lose their lease."""
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from django.db import OperationalError
 from core.config import TrainConfig
 from core.errors import Cancelled, Paused, TrainingDiverged
 from core.progress import Progress
-from jobs.drain import drain, run
+from jobs.claims import jobs_claim
+from jobs.drain import Joining, drain, run
 from jobs.errors import ArtifactDamaged
 from jobs.faults import MAX_STORE_RETRIES
 from jobs.heartbeat import Hold
@@ -325,11 +326,12 @@ class Party:
     def __init__(self, *errors: Exception | None, raises: Exception | None = None) -> None:
         self.errors, self.raises, self.sizes = list(errors), raises, list[int]()
 
-    def __call__(self, works: Sequence[Work]) -> list[Exception | None]:
+    def __call__(self, works: Sequence[Work], join: Any, on_done: Any) -> None:
         self.sizes.append(len(works))
         if self.raises is not None:
             raise self.raises
-        return self.errors
+        for work, error in zip(works, self.errors, strict=True):
+            on_done(work, error)
 
 
 def states_of(context: WorkerContext, holds: Sequence[Hold]) -> list[str]:
@@ -372,6 +374,70 @@ def test_a_batch_that_runs_out_of_memory_goes_down_the_ladder_together(
     run(holds, Work, Party(raises=torch.OutOfMemoryError("CUDA out of memory")))
     assert states_of(context, holds) == [JobState.QUEUED, JobState.QUEUED]
     assert list(Job.objects.values_list("memory_rung", flat=True)) == [1, 1]
+
+
+class JoinedRun:
+    """Computes what it was given, then whoever joins, until nobody has joined for three looks."""
+
+    def __init__(self, *, before_look: Callable[[int], None]) -> None:
+        self.before_look, self.order, self.states = before_look, list[Job](), list[list[str]]()
+
+    def __call__(self, works: Sequence[Work], join: Any, on_done: Any) -> None:
+        looks = 0
+        while looks < 3:
+            for work in works:
+                work.compute()
+                on_done(work, None)
+                self.order.append(work.hold.job)
+                self.states.append(list(Job.objects.order_by("created_at").values_list("state", flat=True)))
+            self.before_look(looks)
+            works = join(8)
+            looks += 1
+
+
+def test_jobs_that_join_a_run_are_handed_over_as_they_are_done(
+    make_job: MakeJob, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.drain.JOIN_SECONDS", 0.0)
+    jobs = [make_job(batch_key="k")]
+
+    def arrive(look: int) -> None:
+        if look == 1:
+            jobs.append(make_job(batch_key="k"))
+
+    together = JoinedRun(before_look=arrive)
+    drain(JobKind.GENERATE, Work, together)
+    assert together.order == jobs
+    assert together.states == [[JobState.UPLOADING], [JobState.UPLOADING] * 2]
+    context.uploader.turn()
+    assert set(Job.objects.values_list("state", flat=True)) == {JobState.SUCCEEDED}
+    assert context.heartbeat.holds() == []
+
+
+def test_nobody_joins_a_run_of_a_worker_that_must_go_or_of_a_job_that_was_lost_before(
+    make_job: MakeJob, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.drain.JOIN_SECONDS", 0.0)
+    lost = make_job(batch_key="k")
+    Job.objects.filter(pk=lost.pk).update(attempts_count=1)
+
+    def arrive(look: int) -> None:
+        if look == 0:
+            make_job(batch_key="k")
+
+    together = JoinedRun(before_look=arrive)
+    first = jobs_claim(kind=JobKind.GENERATE, worker=context.worker)[0]
+    join = Joining(JobKind.GENERATE, context, first, is_over=lambda: False)
+    run([context.heartbeat.take(first)], Work, together, join=join)
+    assert together.order == [lost]
+
+    claim = jobs_claim(kind=JobKind.GENERATE, worker=context.worker)[0]
+    make_job(batch_key="k")
+    going = Joining(JobKind.GENERATE, context, claim, is_over=lambda: True)
+    assert going(8) == []
+    staying = Joining(JobKind.GENERATE, context, claim, is_over=lambda: False)
+    assert staying(0) == []
+    assert len(staying(8)) == 1
 
 
 def test_a_worker_row_is_signed_off_when_the_process_goes(context: WorkerContext) -> None:
