@@ -16,6 +16,7 @@ from core.webui_names import understand_webui_names
 
 MAX_SEED = 2**63 - 1
 MAX_HIRES_PX = 4096
+MAX_LCM_STEPS = 50
 LATER_FIELDS = frozenset(
     {
         "schedule",
@@ -273,6 +274,18 @@ class GenerateConfig(Config):
     @classmethod
     def _webui_names(cls, values: Any) -> Any:
         return understand_webui_names(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _sampler_fits(self) -> Self:
+        if self.sampler == "lcm" and max(self.steps, self.hires.steps or 0 if self.hires else 0) > MAX_LCM_STEPS:
+            raise ValueError(f"sampler lcm takes at most {MAX_LCM_STEPS} steps (2 to 8 are usual)")
+        if self.schedule in ("default", "automatic"):
+            return self
+        if self.sampler in ("default", "lcm"):
+            raise ValueError(f"sampler {self.sampler} has a schedule of its own: name another sampler, or no schedule")
+        if self.sampler in ("ddim", "pndm") and self.schedule in ("karras", "exponential"):
+            raise ValueError(f"sampler {self.sampler} knows the schedules uniform and sgm_uniform alone")
+        return self
 
     @model_validator(mode="after")
     def _pictures_fit(self) -> Self:

@@ -78,7 +78,7 @@ def test_samplers_and_schedules_are_understood_under_their_webui_names(
 
 
 def test_an_unknown_sampler_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(ConfigError, match="sampler: .*'dpmpp_2m'.*got 'DPM fast'"):
+    with pytest.raises(ConfigError, match=r"sampler: .*'dpmpp_2m'.*got 'DPM fast'"):
         GenerateConfig.parse({"prompt": "x", "sampler": "DPM fast"})
 
 
@@ -97,7 +97,7 @@ def test_a_request_without_later_fields_has_the_hash_and_the_version_that_it_alw
 @pytest.mark.parametrize(
     "change",
     [
-        {"schedule": "karras"},
+        {"sampler": "euler", "schedule": "karras"},
         {"sampler": "heun"},
         {"init_image": "0" * 64, "denoising_strength": 0.5},
         {"hires": {"scale": 1.5}},
@@ -124,6 +124,9 @@ def test_what_older_workers_do_not_know_is_kept_from_them_and_read_back_unchange
         ({"denoising_strength": 1.5}, "denoising_strength"),
         ({"init_image": "/etc/passwd"}, "init_image"),
         ({"image_format": "gif"}, "image_format"),
+        ({"schedule": "karras"}, "sampler default has a schedule of its own"),
+        ({"sampler": "ddim", "schedule": "karras"}, "uniform and sgm_uniform alone"),
+        ({"sampler": "lcm", "steps": 51}, "at most 50 steps"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_with_the_reason(values: dict[str, object], reason: str) -> None:
