@@ -87,10 +87,10 @@ class Joining:
         claims = _claim(self._kind, self._context, at_most=JOBS_TOGETHER, batch_key=self._batch_key, pictures=room)
         self._wait_seconds = JOIN_SECONDS if claims else min(2 * self._wait_seconds, LONGEST_JOIN_SECONDS)
         self._due_at = time.monotonic() + self._wait_seconds
-        if not claims:
-            return []
-        with side_effect("run.join"):  # Theirs are leases that nobody keeps alive yet, beside those of the run.
-            return [self._context.heartbeat.take(claim) for claim in claims]
+        if claims:
+            with side_effect("run.join"):  # Their leases are in the database, and nobody keeps them alive yet.
+                logger.info("jobs join a run count=%d", len(claims))
+        return [self._context.heartbeat.take(claim) for claim in claims]
 
 
 def _claim(
