@@ -50,6 +50,6 @@ def cache_texts(
     unique = sorted({"", *captions})
     rows = []
     for done, caption in enumerate(unique, start=1):
-        rows.append(encode_prompts(base, [caption], clip_skip).embeddings)  # (1, tokens, dim)
+        rows.append(encode_prompts(base, [caption], clip_skip, literal=True).embeddings)  # (1, tokens, dim)
         report(Progress(stage="encoding captions", step=done, total=len(unique)))
     return TextCache(rows={caption: row for row, caption in enumerate(unique)}, embeddings=torch.cat(rows).to(dtype))
