@@ -1,8 +1,9 @@
 """Claiming: which waiting jobs this worker takes now, and taking them. Whose turn it is says `jobs/scheduling.py`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -32,6 +33,7 @@ def jobs_claim(
     at_most: int = 1,
     batch_key: str = "",
     pictures: int = PICTURES_PER_BATCH,
+    at_hand: Callable[[str], bool] | None = None,
 ) -> list[Claim]:
     """Take the best claimable job of this kind and, of pictures, others that may share its forward, in order.
 
@@ -39,30 +41,34 @@ def jobs_claim(
         at_most: Jobs, >= 1.
         batch_key: Of a run that they join; empty: of whatever the best job is.
         pictures: Of all of them together, where they join a run.
+        at_hand: Whether a LoRA of this hash is on this machine, where it fetches ahead: a new job is left alone while
+            its own are being fetched.
 
     Returns:
         Nothing when nothing waits that may run here now, or when it is the turn of a job that cannot join.
     """
+    look = partial(waiting_candidates, [kind], warm_bases=worker.warm_bases, with_loras=at_hand is not None)
     # Lost leases go back to the queue first: the next claim finds them, and not only the dispatcher's sweep.
     swept = False
     for _ in range(LOOKS):
-        now, candidates, expired = waiting_candidates([kind], warm_bases=worker.warm_bases)
+        now, candidates, expired = look()
         if not swept and (expired or now is None):
             swept = True
             if expired_leases_requeue(kinds=[kind]):
-                now, candidates, _ = waiting_candidates([kind], warm_bases=worker.warm_bases)
+                now, candidates, _ = look()
         if now is None:
             return []
         candidates = _startable(candidates, now, worker)
         scheduler = _scheduler(candidates, now, worker)
+        _know_warm(scheduler, candidates, at_hand)
         full: set[tuple[UUID, str]] = set()
         missed = False
         for first in scheduler.order(candidates):
-            if (first.owner_id, first.kind) in full:
+            if (first.owner_id, first.kind) in full or scheduler.is_coming(first):
                 continue
             if batch_key and (first.batch_key != batch_key or first.was_lost):
                 return []
-            batch = _with_companions(scheduler, first, at_most, pictures)
+            batch = _with_companions(scheduler, first, at_most, pictures, at_hand)
             if batch_key and batch[0].pictures > pictures:
                 return []
             claims, reached = _take_all(batch, worker)
@@ -111,10 +117,25 @@ def _startable(candidates: list[Candidate], now: datetime, worker: WorkerProcess
     ]
 
 
-def _with_companions(scheduler: Scheduler, first: Candidate, at_most: int, pictures: int) -> list[Candidate]:
+def _know_warm(scheduler: Scheduler, candidates: Sequence[Candidate], at_hand: Callable[[str], bool] | None) -> None:
+    if at_hand is not None:
+        # The empty name: that this machine fetches ahead counts even while it has none of them.
+        scheduler.know_warm({"", *(lora for job in candidates for lora in job.loras if at_hand(lora))})
+
+
+def _with_companions(
+    scheduler: Scheduler,
+    first: Candidate,
+    at_most: int,
+    pictures: int,
+    at_hand: Callable[[str], bool] | None,
+) -> list[Candidate]:
     if at_most == 1 or not first.batch_key or first.kind != JobKind.GENERATE:
         return [first]
-    same = waiting_candidates([first.kind], batch_key=first.batch_key, per_owner=at_most).candidates
+    same = waiting_candidates(
+        [first.kind], batch_key=first.batch_key, per_owner=at_most, with_loras=at_hand is not None
+    ).candidates
+    _know_warm(scheduler, same, at_hand)
     # With its number of pictures. When it is not there any more, taking it fails as well.
     first = next((job for job in same if job.job_id == first.job_id), first)
     return scheduler.batch(first, same, at_most=at_most, pictures=pictures)

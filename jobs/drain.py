@@ -17,7 +17,7 @@ from jobs.connections import connection_refresh
 from jobs.faults import Remedy
 from jobs.heartbeat import Hold
 from jobs.lifecycle import Claim
-from jobs.scheduling import PICTURES_PER_BATCH
+from jobs.scheduling import FETCH_SECONDS, PICTURES_PER_BATCH
 from jobs.status import JobKind
 from jobs.worker_context import WorkerContext, current
 
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 JOBS_TOGETHER = 8
 """Requests that may share one forward."""
+FETCH_WAIT_SECONDS = 0.25
+"""A free process waits so long at once for a file that is coming; others may have come to the line meanwhile."""
 JOIN_SECONDS, LONGEST_JOIN_SECONDS = 0.25, 2.0
 """Between two looks for jobs that join; each look that finds none doubles the wait, up to the longest."""
 
@@ -38,7 +40,7 @@ def drain(kind: JobKind, start: Start, together: Together | None = None) -> None
         return time.monotonic() >= end or not context.may_claim()
 
     while context.uploader.wait_for_room(give_up=is_over):
-        claims = _claim(kind, context, at_most=JOBS_TOGETHER if together else 1)
+        claims = _claim_or_wait(kind, context, at_most=JOBS_TOGETHER if together else 1)
         if not claims:
             break
         join = Joining(kind, context, claims[0], is_over=is_over) if together else nobody
@@ -93,6 +95,18 @@ class Joining:
         return [self._context.heartbeat.take(claim) for claim in claims]
 
 
+def _claim_or_wait(kind: JobKind, context: WorkerContext, *, at_most: int) -> list[Claim]:
+    """The next jobs; where all that wait have LoRAs that are just being fetched, those that come first."""
+    prefetch, end = context.prefetch, time.monotonic() + FETCH_SECONDS
+    while True:
+        missing: list[str] = []
+        claims = _claim(kind, context, at_most=at_most, missing=missing)
+        if claims or not missing or prefetch is None or time.monotonic() >= end or not context.may_claim():
+            return claims
+        if not prefetch.wait(FETCH_WAIT_SECONDS):
+            return []
+
+
 def _claim(
     kind: JobKind,
     context: WorkerContext,
@@ -100,9 +114,25 @@ def _claim(
     at_most: int,
     batch_key: str = "",
     pictures: int = PICTURES_PER_BATCH,
+    missing: list[str] | None = None,
 ) -> list[Claim]:
+    prefetch = context.prefetch
+
+    def at_hand(lora: str) -> bool:
+        has = prefetch is not None and prefetch.has(lora)
+        if not has and missing is not None:
+            missing.append(lora)
+        return has
+
     try:
-        return jobs_claim(kind=kind, worker=context.worker, at_most=at_most, batch_key=batch_key, pictures=pictures)
+        return jobs_claim(
+            kind=kind,
+            worker=context.worker,
+            at_most=at_most,
+            batch_key=batch_key,
+            pictures=pictures,
+            at_hand=at_hand if prefetch else None,
+        )
     except DatabaseError:
         # The dispatcher rings again once the database is back.
         logger.exception("claim failed kind=%s", kind)

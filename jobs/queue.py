@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from django.db.models import Case, CharField, Count, Exists, F, Q, QuerySet, UUIDField, Value, When, Window
+from django.db.models import Case, CharField, Count, Exists, F, JSONField, Q, QuerySet, UUIDField, Value, When, Window
 from django.db.models.functions import Now, RowNumber
 
 from jobs.database_clock import after
@@ -20,7 +20,7 @@ CANDIDATES_PER_OWNER = 2
 OWNERS_PER_CLAIM = 200
 COLUMNS = (
     *("id", "owner_id", "kind", "kept", "priority", "created_at", "queued_at", "base_model__fingerprint"),
-    *("batch_key", "estimated_seconds", "pictures", "now", "expired"),
+    *("batch_key", "estimated_seconds", "pictures", "loras", "now", "expired"),
 )
 
 
@@ -40,6 +40,7 @@ def waiting_candidates(
     warm_bases: Collection[str] = (),
     batch_key: str = "",
     per_owner: int = CANDIDATES_PER_OWNER,
+    with_loras: bool = False,
 ) -> Waiting:
     """The best claimable jobs of each person, in the order in which the rules would take them; one query.
 
@@ -47,11 +48,18 @@ def waiting_candidates(
         warm_bases: Fingerprints that are loaded where the jobs would run.
         batch_key: Only jobs of this key, and how many pictures each asks for.
         per_owner: Jobs of each person at most, >= 1.
+        with_loras: Also which LoRAs they name.
     """
     warm = sorted(warm_bases)
     places = rounded_up(len(warm)) if warm else 0
     found = _WAITING.rows(
-        tuple(kinds), places, bool(batch_key), per_owner, batch_key=batch_key, **listed("base", places, warm)
+        tuple(kinds),
+        places,
+        bool(batch_key),
+        per_owner,
+        with_loras,
+        batch_key=batch_key,
+        **listed("base", places, warm),
     )
     if not found:
         return Waiting(None, [], False)
@@ -68,8 +76,10 @@ def waiting_candidates(
             batch_key=key,
             estimated_seconds=seconds,
             pictures=pictures or 1,
+            loras=tuple(use["sha256"] for use in loras or ()),
         )
-        for job_id, owner_id, kind, kept, priority, created_at, queued_at, base, key, seconds, pictures, *_ in found
+        for job_id, owner_id, kind, kept, priority, created_at, queued_at, base, key, *rest in found
+        for seconds, pictures, loras in [rest[:3]]
     ]
     now, expired = found[0][-2:]
     return Waiting(now, candidates, bool(expired))
@@ -112,7 +122,9 @@ def waiting_by_kind() -> dict[str, int]:
     return dict(Job.objects.claimable().values_list("kind").annotate(Count("id")).order_by())
 
 
-def _waiting(kinds: tuple[str, ...], warm_bases: int, keyed: bool, per_owner: int) -> "QuerySet[Job, Any]":
+def _waiting(
+    kinds: tuple[str, ...], warm_bases: int, keyed: bool, per_owner: int, with_loras: bool
+) -> "QuerySet[Job, Any]":
     # Who made room begins to wait in the very statement that says so: that is no loss.
     lost = Q(attempts_count__gt=0) & (Q(yielded_at__isnull=True) | ~Q(yielded_at=F("queued_at")))
     first_lost = Case(When(lost, then=Value(0)), default=Value(1))
@@ -134,6 +146,7 @@ def _waiting(kinds: tuple[str, ...], warm_bases: int, keyed: bool, per_owner: in
         now=Now(),
         expired=Exists(Job.objects.lease_expired().filter(kind__in=kinds)),
         pictures=F("spec__count") if keyed else Value(1),
+        loras=F("spec__loras") if with_loras else Value(None, output_field=JSONField()),
     ).filter(place__lte=per_owner)
     return best.order_by("place").values_list(*COLUMNS)[: OWNERS_PER_CLAIM * per_owner]
 

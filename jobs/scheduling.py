@@ -16,6 +16,10 @@ AFFINITY_SECONDS = 30.0
 """A job that waited longer is never passed over for one whose base or LoRA is warm."""
 FETCH_SECONDS = 2.0
 """So long a new job whose LoRA is still being fetched lets others go first: no device waits for it."""
+FETCHED_AHEAD_JOBS = 4
+"""The first jobs of the line whose files are fetched while devices compute."""
+FETCH_LOOK_SECONDS = 1.0
+"""Between two looks at them; a worker that finds nothing but such jobs causes one at once."""
 STARVING_SECONDS = 600.0
 """An owner who waits and got nothing for so long has a turn, however much was used before."""
 TRAINING_PATIENCE_SECONDS = 120.0
@@ -123,6 +127,10 @@ class Scheduler:
             charged = max(self._waited(job.started_at), min(job.estimated_seconds, CHARGED_AT_START_SECONDS))
             self._seconds[job.owner_id] = self._seconds.get(job.owner_id, 0.0) + charged
 
+    def know_warm(self, loras: Iterable[str]) -> None:
+        """More LoRAs that are at hand, of jobs seen later."""
+        self._warm_loras = self._warm_loras.union(loras)
+
     def served(self, owner_id: UUID) -> float:
         """Worker seconds that count for this owner now, divided by the weight."""
         owner = self._owners.get(owner_id, Owner())
@@ -180,7 +188,8 @@ class Scheduler:
                 if len(chosen) >= at_most:
                     break
                 fits = asked + job.pictures <= pictures
-                if job.job_id != first.job_id and fits and self.may_run(job, chosen=chosen):
+                new = job.job_id != first.job_id and not self.is_coming(job)
+                if new and fits and self.may_run(job, chosen=chosen):
                     chosen.append(job)
                     asked += job.pictures
         return chosen

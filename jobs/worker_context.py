@@ -16,6 +16,7 @@ from core.failpoints import side_effect
 from jobs.faults import Remedy
 from jobs.heartbeat import Heartbeat
 from jobs.models import WorkerProcess
+from jobs.prefetch import Prefetcher
 from jobs.uploader import Uploader
 from jobs.workers import worker_gone
 
@@ -67,6 +68,7 @@ class WorkerContext:
         free_memory: Gives back to the device what caches hold; called after running out of memory.
         memory_limit_bytes: Above this between two jobs, the process is replaced. 0: never.
         end_process: Ends this process with an exit code some moments from now.
+        prefetch: Fetches ahead for the next jobs, where the process serves a GPU.
     """
 
     def __init__(
@@ -79,9 +81,11 @@ class WorkerContext:
         free_memory: Callable[[], None] = lambda: None,
         memory_limit_bytes: int = 0,
         end_process: Callable[[int], None] | None = None,
+        prefetch: Prefetcher | None = None,
     ) -> None:
         self.worker, self.heartbeat, self.shutdown = worker, heartbeat, shutdown
         self.uploader = uploader or Uploader(heartbeat)
+        self.prefetch = prefetch
         self.leaving = ""
         """Why this process should be replaced; empty: it should not."""
         self._free_memory, self._memory_limit_bytes = free_memory, memory_limit_bytes
@@ -122,6 +126,8 @@ class WorkerContext:
         if self._has_left:
             return
         self._has_left = True
+        if self.prefetch is not None:
+            self.prefetch.stop()
         self.uploader.close(LAST_UPLOADS_SECONDS)
         self.heartbeat.stop()
         try:

@@ -131,6 +131,7 @@ def _come_up() -> None:
     from jobs.life_locks import dead_workers_close, life_lock_take
     from jobs.models import BaseModel
     from jobs.node_cache import node_cache
+    from jobs.prefetch import Prefetcher
     from jobs.scratch import scratch_sweep
     from jobs.uploader import Uploader
     from jobs.watchdog import Watchdog
@@ -144,6 +145,7 @@ def _come_up() -> None:
     dead_workers_close()  # The one that this process replaces, first of all.
     warm_bases: Any = list
     free_memory: Any = gc.collect
+    prefetch = Prefetcher(worker, node_cache().files) if serves_gpu else None
     if serves_gpu:
         from gpu_worker import runtime
         from gpu_worker.settings import BaseRef, WorkerSettings
@@ -167,12 +169,20 @@ def _come_up() -> None:
     limit = settings.LORASITE["WORKER_MEMORY_BYTES"] or worker_context.machine_bytes() // 2 // _children_count
     worker_context.enter(
         worker_context.WorkerContext(
-            worker, heartbeat, _shutdown, uploader, free_memory=free_memory, memory_limit_bytes=limit
+            worker,
+            heartbeat,
+            _shutdown,
+            uploader,
+            free_memory=free_memory,
+            memory_limit_bytes=limit,
+            prefetch=prefetch,
         )
     )
     heartbeat.start()
     uploader.start()
     Watchdog(heartbeat).start()
+    if prefetch is not None:
+        prefetch.start()
     worker_ready(worker=worker, warm_bases=warm_bases())
 
 
