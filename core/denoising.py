@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from core.latent_preview import denoised_estimate
 from core.pipelines import LoadedBase
 
 RowLoras = Sequence[tuple[int, float]]
@@ -44,6 +45,8 @@ class Track:
         start: Index into the scheduler's timesteps where it begins.
         after_step: Changes the latents after each step (inpainting keeps what is not masked): takes them and the
             next position.
+        watch, watch_every: Who is shown, every so many steps, what the model thinks that the first picture's clean
+            latents are: (c, h, w) fp32; 0 for never.
     """
 
     scheduler: Any
@@ -56,6 +59,8 @@ class Track:
     exact: bool = False
     start: int = 0
     after_step: Callable[[Tensor, int], Tensor] | None = None
+    watch: Callable[[Tensor], None] | None = None
+    watch_every: int = 0
 
     def __post_init__(self) -> None:
         self.position = self.start
@@ -99,6 +104,9 @@ class Track:
         if self.guidance > 1:
             unconditional, conditional = prediction.chunk(2)  # (n, c, h, w) each
             prediction = unconditional + self.guidance * (conditional - unconditional)
+        if self.watch is not None and self.watch_every and (self.steps_done + 1) % self.watch_every == 0:
+            scaled = self.scheduler.scale_model_input(self.latents[:1], self.timestep)  # (1, c, h, w)
+            self.watch(denoised_estimate(self.scheduler, scaled, prediction[:1], self.timestep)[0])
         step = self.scheduler.step(prediction, self.timestep, self.latents, **self._options)
         self.position += 1
         self.latents = step.prev_sample  # (n, c, h, w)

@@ -3,10 +3,11 @@
 Called by `core.generate`; decides nothing about the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
+from torch import Tensor
 
 from core.config import GenerateConfig
 from core.denoising import RowLoras, Track
@@ -24,12 +25,18 @@ class Request:
         report: Called after each step; may raise `core.errors.Interrupted`, which stops this request alone.
         text: Encoded prompts, the unconditional one first under guidance; None: `core.generate` encodes them.
         loras: Slots (of the run's `LoraSlots`) and weights.
+        init_picture: RGB, what `config.init_image` names, of `core.image_guidance.read_init_picture`.
+        mask: What `config.mask` names, of `core.image_guidance.read_mask`.
+        on_preview: Gets small JPEGs of the first picture of each track, every `config.preview_every_steps`.
     """
 
     config: GenerateConfig
     report: Report = silent
     text: TextCondition | None = None
     loras: RowLoras = ()
+    init_picture: Image.Image | None = None
+    mask: Image.Image | None = None
+    on_preview: Callable[[bytes], None] | None = None
 
 
 Outcome = list[Image.Image] | Interrupted | CoreError
@@ -42,13 +49,24 @@ class Drawing:
     Args:
         request: Whose it is.
         text: Its encoded prompts.
+        source: Clean latents (1, c, h, w) of its `init_picture`.
+        cells: Mask (1, 1, h, w) in latent cells, 1 where `source` may change.
         pictures_per_forward: At most so many of its pictures run at once.
     """
 
-    def __init__(self, request: Request, text: TextCondition, pictures_per_forward: int) -> None:
-        self.request, self.text = request, text
+    def __init__(
+        self,
+        request: Request,
+        text: TextCondition,
+        *,
+        source: Tensor | None = None,
+        cells: Tensor | None = None,
+        pictures_per_forward: int,
+    ) -> None:
+        self.request, self.text, self.source, self.cells = request, text, source, cells
         self._waiting = list(range(request.config.count))
         self._running: dict[Track, list[int]] = {}
+        self._second: set[Track] = set()
         self._pictures: dict[int, Image.Image] = {}
         self._steps = request.config.steps  # per picture; the first track knows better
         self._steps_done = 0  # of all pictures that are done
@@ -75,8 +93,27 @@ class Drawing:
     def begin(self, track: Track) -> None:
         """The pictures of `next_seeds` have become this track."""
         count = len(track.latents)
-        self._steps = track.steps
+        hires = self.request.config.hires
+        # As many as the second pass will take, unless its sampler is a special one.
+        more = int((hires.steps or self.request.config.steps) * hires.denoising_strength) if hires else 0
+        self._steps = track.steps + more
         self._running[track], self._waiting = self._waiting[:count], self._waiting[count:]
+
+    def seeds_of(self, track: Track) -> list[int]:
+        """Of the pictures of a track."""
+        return [self.request.config.seed + number for number in self._running[track]]
+
+    def go_on(self, track: Track, second: Track) -> None:
+        """The pictures of a track that came to its end go through a second pass."""
+        numbers = self._running.pop(track)
+        self._steps_done += len(numbers) * track.steps
+        self._steps = track.steps + second.steps
+        self._running[second] = numbers
+        self._second.add(second)
+
+    def wants_second_pass(self, track: Track) -> bool:
+        """Whether this was the first of two."""
+        return self.request.config.hires is not None and track not in self._second
 
     def end(self, track: Track, pictures: Sequence[Image.Image]) -> None:
         """The pictures of a track that came to its end."""

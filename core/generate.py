@@ -5,7 +5,6 @@
 Called by the command line, the samples of `core.train` and the GPU worker; it leaves the model as it found it.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -14,19 +13,25 @@ from PIL import Image
 from torch import Tensor
 
 from core.config import GenerateConfig
-from core.denoising import DenoisingRun, RowLoras, Slots, Track
+from core.denoising import DenoisingRun, Slots, Track
 from core.drawing import Drawing, Outcome, Request
-from core.errors import ConfigError, CoreError, Interrupted
+from core.errors import CoreError, Interrupted
+from core.image_guidance import (
+    enlarge_latents,
+    mask_cells,
+    paste_masked,
+    picture_latents,
+    refuse_inpainting_unet,
+    second_pass,
+)
+from core.latent_preview import preview_factors, preview_jpeg
 from core.lora_utils import apply_lora
 from core.memory_ladder import GENERATION_RUNGS, GenerationMemory
 from core.pipelines import LoadedBase
 from core.progress import Progress, Report, silent
-from core.randomness import generator
-from core.samplers import make_scheduler
-from core.text_encoding import TextCondition, encode_prompts
+from core.text_encoding import TextCondition
+from core.track_start import begin_track, check_size, encode_texts
 from core.vae import decode_latents
-
-logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -116,12 +121,9 @@ def generate_as_they_come(
 
     def admit(request: Request) -> None:
         try:
-            check_size(base, request.config.width, request.config.height)
-            text = request.text or encode_texts(base, request.config)
+            drawings.append(_prepare(base, request, memory.pictures_per_forward))
         except CoreError as error:
             on_done(request, error)
-        else:
-            drawings.append(Drawing(request, text, memory.pictures_per_forward))
 
     def finish(drawing: Drawing, outcome: Outcome) -> None:
         drawings.remove(drawing)
@@ -144,8 +146,7 @@ def generate_as_they_come(
                 try:
                     drawing.tell()
                     for track in drawing.ended():
-                        pixels = decode_latents(base, track.latents, frugal=memory.frugal_vae)  # (n, 3, h, w)
-                        drawing.end(track, to_pictures(pixels))
+                        _go_on(base, run, drawing, track, frugal=memory.frugal_vae)
                 except Interrupted as interruption:
                     finish(drawing, interruption)
                 else:
@@ -156,53 +157,56 @@ def generate_as_they_come(
             slots.deactivate()
 
 
+def _prepare(base: LoadedBase, request: Request, pictures_per_forward: int) -> Drawing:
+    """Everything that the tracks of a request share: text, and the picture that it begins from."""
+    check_size(base, request.config.width, request.config.height)
+    refuse_inpainting_unet(base)
+    return Drawing(
+        request,
+        request.text or encode_texts(base, request.config),
+        source=None if request.init_picture is None else picture_latents(base, request.init_picture),
+        cells=None if request.mask is None else mask_cells(base, request.mask),
+        pictures_per_forward=pictures_per_forward,
+    )
+
+
 def _begin_what_fits(base: LoadedBase, run: DenoisingRun, drawings: Iterable[Drawing], at_most: int) -> None:
     """First come, first served: pictures begin as far as the forward has room."""
     room = at_most - sum(len(track.latents) for track in run.tracks)
     for drawing in drawings:
         while room and (seeds := drawing.next_seeds(room)):
-            request = drawing.request
-            track = begin_track(base, request.config, drawing.text, seeds, loras=request.loras)
+            track = _track_of(base, drawing, drawing.request.config, seeds, source=drawing.source)
             drawing.begin(track)
             run.join(track)
             room -= len(seeds)
 
 
-def encode_texts(base: LoadedBase, config: GenerateConfig) -> TextCondition:
-    """The prompts of a request: (2, tokens, dim) with the negative one first; (1, tokens, dim) for guidance 1."""
-    prompts = [config.negative_prompt, config.prompt] if config.guidance > 1 else [config.prompt]
-    return encode_prompts(base, prompts, config.clip_skip)
+def _go_on(base: LoadedBase, run: DenoisingRun, drawing: Drawing, track: Track, *, frugal: bool) -> None:
+    """After the last step of a track: a second pass at a larger size where one is asked for, else pictures."""
+    config, mask, original = drawing.request.config, drawing.request.mask, drawing.request.init_picture
+    if drawing.wants_second_pass(track):
+        source = enlarge_latents(base, track.latents, config, frugal=frugal)  # (n, c, H, W)
+        larger = second_pass(config, base.facts.bucket_step_px)
+        second = _track_of(base, drawing, larger, drawing.seeds_of(track), source=source)
+        drawing.go_on(track, second)
+        run.join(second)
+        return
+    pictures = to_pictures(decode_latents(base, track.latents, frugal=frugal))  # from (n, 3, h, w)
+    if mask is not None and original is not None:
+        pictures = [paste_masked(picture, original, mask) for picture in pictures]
+    drawing.end(track, pictures)
 
 
-def begin_track(
-    base: LoadedBase, config: GenerateConfig, text: TextCondition, seeds: Sequence[int], *, loras: RowLoras = ()
+def _track_of(
+    base: LoadedBase, drawing: Drawing, config: GenerateConfig, seeds: Sequence[int], *, source: Tensor | None
 ) -> Track:
-    """Noise and a sampler for some pictures of a request.
-
-    Args:
-        base: Its scheduler configuration shapes the path from noise to picture.
-        config: Steps, guidance, sampler, size.
-        text: Of `encode_texts`.
-        seeds: n, one per picture; all noise of a picture, also of ancestral steps, comes from its own seed.
-        loras: Slots and weights.
-    """
-    facts = base.facts
-    scheduler = make_scheduler(base.scheduler_config, config.sampler)
-    scheduler.set_timesteps(config.steps, device=base.device)
-
-    # Noise on the CPU: the same numbers on every device and in every batch.
-    generators = [generator(seed, "picture") for seed in seeds]
-    shape = (facts.latent_channels, config.height // facts.vae_factor, config.width // facts.vae_factor)
-    noise = torch.stack([torch.randn(shape, generator=own) for own in generators])  # (n, c, h, w)
-    return Track(
-        scheduler=scheduler,
-        latents=noise.to(base.device) * scheduler.init_noise_sigma,  # (n, c, h, w) fp32
-        text=text.embeddings.repeat_interleave(len(seeds), dim=0),  # (2n or n, tokens, dim)
-        guidance=config.guidance,
-        generators=generators,
-        loras=loras,
-        exact=config.exact,
-    )
+    request = drawing.request
+    track = begin_track(base, config, drawing.text, seeds, source=source, cells=drawing.cells, loras=request.loras)
+    on_preview = request.on_preview
+    if on_preview is not None and config.preview_every_steps:
+        track.watch = lambda latents: on_preview(preview_jpeg(preview_factors(base), latents))
+        track.watch_every = config.preview_every_steps
+    return track
 
 
 def denoise(
@@ -227,20 +231,6 @@ def denoise(
         run.step()
         report(Progress(stage="denoising", step=track.steps_done, total=track.steps))
     return track.latents
-
-
-def check_size(base: LoadedBase, width: int, height: int) -> None:
-    """Refuse sizes that the UNet cannot halve evenly.
-
-    Raises:
-        ConfigError: Names the nearest sizes that fit.
-    """
-    step = base.facts.bucket_step_px
-    for name, value in (("width", width), ("height", height)):
-        if value % step:
-            below, above = value // step * step, (value // step + 1) * step
-            nearest = f"{below} or {above}" if below else f"{above}"
-            raise ConfigError(f"{name} {value} is no multiple of {step}, as this base model needs: use {nearest}")
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
