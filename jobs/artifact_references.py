@@ -15,6 +15,7 @@ from jobs.models import (
     DatasetImage,
     DatasetVersion,
     GeneratedImage,
+    InputImage,
     Job,
     LoraVersion,
     TrainingRun,
@@ -49,6 +50,7 @@ UNFINISHED = ~Q(state__in=sorted(TERMINAL))
 REFERENCES = (
     Reference(DatasetImage, "sha256"),
     Reference(GeneratedImage, "sha256"),
+    Reference(InputImage, "sha256"),
     Reference(LoraVersion, "kohya_sha256"),
     Reference(LoraVersion, "peft_files", is_json=True),
     Reference(DatasetVersion, "manifest", Q(manifest__isnull=False), is_json=True),

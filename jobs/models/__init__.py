@@ -5,7 +5,8 @@ from jobs.models.artifact import Artifact
 from jobs.models.base_model import BaseModel
 from jobs.models.dataset import Dataset, DatasetImage, DatasetVersion
 from jobs.models.generation import GeneratedImage, GenerationLora, GenerationRequest
-from jobs.models.job import Job, JobAttempt, JobEvent
+from jobs.models.guidance import InputImage, Style
+from jobs.models.job import Job, JobAttempt, JobEvent, JobPreview
 from jobs.models.lora import Lora, LoraVersion
 from jobs.models.training import TrainingRun
 from jobs.models.worker import LeaderLease, WorkerProcess
@@ -20,13 +21,16 @@ __all__ = [
     "GeneratedImage",
     "GenerationLora",
     "GenerationRequest",
+    "InputImage",
     "Job",
     "JobAttempt",
     "JobEvent",
+    "JobPreview",
     "LeaderLease",
     "Lora",
     "LoraVersion",
     "OwnerUsage",
+    "Style",
     "TrainingRun",
     "User",
     "WorkerProcess",

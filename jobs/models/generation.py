@@ -44,7 +44,13 @@ class GeneratedImage(OwnedRecord):
     request = models.ForeignKey(GenerationRequest, on_delete=models.CASCADE, related_name="images")
     number = models.PositiveIntegerField(help_text="Position in the request, from 0.")
     seed = models.PositiveBigIntegerField()
-    sha256 = Sha256Field(help_text="Of the stored PNG.")
+    sha256 = Sha256Field(help_text="Of the stored file.")
+    image_format = models.CharField(
+        max_length=8,
+        choices=[(name, name) for name in ("png", "jpeg", "webp")],
+        db_default="png",
+        help_text="Of the stored file.",
+    )
     size_bytes = models.PositiveBigIntegerField()
     width = models.PositiveIntegerField()
     height = models.PositiveIntegerField()

@@ -175,6 +175,22 @@ class JobAttempt(models.Model):
         return f"{self.job} attempt {self.token}"
 
 
+class JobPreview(models.Model):
+    """The newest look at a running job's first picture; there while it runs."""
+
+    job = models.OneToOneField(Job, primary_key=True, on_delete=models.CASCADE, related_name="preview")
+    token = models.PositiveBigIntegerField(help_text="Of the attempt that drew it.")
+    step = models.PositiveIntegerField(help_text="Denoising steps done.")
+    jpeg = models.BinaryField(max_length=16 * 1024)
+    at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        ordering = ["-at"]
+
+    def __str__(self) -> str:
+        return f"{self.job_id} at step {self.step}"
+
+
 class JobEvent(models.Model):
     """One state change of a job; the bigint id serves as a cursor."""
 
