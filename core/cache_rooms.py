@@ -14,6 +14,7 @@ from core.cache_journal import CacheJournal
 from core.cache_locks import NameLocks
 from core.cache_policy import CachePolicy
 from core.failpoints import side_effect
+from core.file_hash import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,11 @@ def folder_pin(folder: Path) -> str:
 
 
 def cache_scan(
-    folder: Path, policy: CachePolicy, journal: CacheJournal, making: NameLocks, linked: Path | None
+    folder: Path, policy: CachePolicy, journal: CacheJournal, making: NameLocks, pins: NameLocks, linked: Path | None
 ) -> None:
     """Make journal and files agree, and remove what a killed process did not finish."""
     found: dict[str, os.stat_result] = {}
+    hashes: dict[str, str] = {}
     for path in folder.glob("??/*"):
         if path.name.startswith(".lock-"):  # Of an older version.
             _drop(path)
@@ -40,7 +42,11 @@ def cache_scan(
                 if is_left:
                     _drop(path)
         elif path.name.endswith(".made") and not journal.hash_of(path.name):
-            _drop(path)  # Nobody can say any more whether it is whole.
+            with pins.exclusive_now(path.name) as is_free:
+                if is_free:
+                    _drop(path)  # Nobody can say any more what it should hold; it can be made again.
+                else:  # Whoever uses it knows.
+                    found[path.name], hashes[path.name] = path.stat(), hash_file(path)
         else:
             found[path.name] = path.stat()
     for name in policy.names():
@@ -48,7 +54,8 @@ def cache_scan(
             journal.removed(name)
     for name, stat in sorted(found.items(), key=lambda item: item[1].st_mtime):
         if policy.size_of(name) != stat.st_size or name not in policy:
-            journal.admitted(name, stat.st_size, ahead=False, sha256=journal.hash_of(name))
+            sha256 = hashes.get(name, journal.hash_of(name))
+            journal.admitted(name, stat.st_size, ahead=False, sha256=sha256)
     for part in linked.glob(f"{PART}*") if linked else ():
         if time.time() - part.stat().st_mtime > STALE_SECONDS:
             _drop_folder(part)

@@ -233,7 +233,7 @@ class FileCache:
     def _open(self) -> Iterator[CachePolicy]:
         with self._journal.open() as policy:
             if self._journal.needs_scan:
-                cache_scan(self._folder, policy, self._journal, self._making, self._linked)
+                cache_scan(self._folder, policy, self._journal, self._making, self._pins, self._linked)
                 self._journal.needs_scan = False
             yield policy
 

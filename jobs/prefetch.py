@@ -100,7 +100,7 @@ class Prefetcher:
         self._pins = pins
         with self._changed:
             new = [sha256 for sha256 in missing if sha256 not in self._coming]
-            self._coming.update(new)
+            self._coming |= set(new)
             self._looks += 1
             self._changed.notify_all()
         for sha256 in new:

@@ -11,6 +11,13 @@ class LruCache:
         self.capacity, self.used = capacity, 0
         self._entries: OrderedDict[Hashable, int] = OrderedDict()
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
+    def names(self) -> list[Hashable]:
+        """Of everything in the cache."""
+        return list(self._entries)
+
     def request(self, key: Hashable, size: int) -> bool:
         """Whether it was there; it is afterwards."""
         if key in self._entries:

@@ -17,6 +17,7 @@ from typing import Any
 from django.core.files.base import ContentFile
 
 from tests.chaos import expected, scenarios
+from tests.chaos.cache_story import crowded_cache, crowded_cache_check
 from tests.chaos.scenarios import Scenario, during, generate, lora_is_right, person, picture_is_right, train
 
 CHECKPOINTS = 4
@@ -390,6 +391,7 @@ STORIES = [
     ),
     Scenario("upload", _upload, check=_upload_check),
     Scenario("prepare base", _prepare_base, check=_prepare_base_check),
+    Scenario("crowded cache", crowded_cache, check=crowded_cache_check),
     Scenario("rebuild base folder", _rebuild_base_folder, check=lambda: picture_is_right("one")),
     Scenario("garbage", _garbage, check=_garbage_check),
     Scenario("no hard links", _no_hard_links, check=lambda: picture_is_right("one")),
