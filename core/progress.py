@@ -13,12 +13,14 @@ class Progress:
         step: Steps done in this stage, 0..total.
         total: Steps of this stage, >= 1.
         figures: Numbers worth showing (loss, lr, steps_per_second ...), finite floats only.
+        preview: A small JPEG of the first picture under way (`core.latent_preview`, at most 16 KiB), where one is new.
     """
 
     stage: str
     step: int
     total: int
     figures: dict[str, float] = field(default_factory=dict)
+    preview: bytes | None = None
 
 
 Report = Callable[[Progress], None]

@@ -46,8 +46,13 @@ def generation_units(config: GenerateConfig) -> float:
 
 
 def pixel_steps(config: GenerateConfig) -> int:
-    """Pixels x steps x pictures of a generation: what its budget counts."""
-    return config.width * config.height * config.steps * config.count
+    """Pixels x steps x pictures of a generation, both passes: what its budget counts."""
+    pixels = config.width * config.height
+    steps = max(1.0, config.steps * (config.denoising_strength if config.init_image else 1))
+    if config.hires is not None:
+        second = (config.hires.steps or config.steps) * config.hires.denoising_strength
+        steps += max(1.0, second) * config.hires.scale**2
+    return round(pixels * steps * config.count)
 
 
 def estimated_seconds(kind: JobKind, units: float, base_model_id: UUID | None = None) -> float:

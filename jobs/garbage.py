@@ -20,6 +20,7 @@ from jobs.artifacts import artifact_name, blob_store
 from jobs.backoff import is_transient
 from jobs.database_clock import after
 from jobs.models import Artifact
+from jobs.previews import previews_sweep
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def garbage_sweep(*, seconds: float = SWEEP_SECONDS, leftover_seconds: float = L
     A store that does not answer ends the sweep early; the next one goes on.
     """
     result, end = SweepResult(), time.monotonic() + seconds
+    previews_sweep()
     try:
         result.adopted = _adopt_page()
         seen: set[str] = set()

@@ -20,6 +20,7 @@ from core.progress import Progress
 from jobs.leases import lease_seconds, leases_renew
 from jobs.lifecycle import Claim
 from jobs.models import WorkerProcess
+from jobs.previews import Preview, preview_write
 from jobs.status import JobKind
 from jobs.workers import worker_beat
 
@@ -54,6 +55,8 @@ class Hold:
         self._renewed_at, self._alive_at = claim.asked_at, time.monotonic()
         self._patience_seconds = 0.0
         self._progress: dict[str, Any] = {}
+        self._preview: Preview | None = None
+        self.has_preview = False
         limits = {JobKind.GENERATE: "GENERATE_TIME_LIMIT_SECONDS", JobKind.TRAIN: "TRAIN_TIME_LIMIT_SECONDS"}
         self._limit_seconds = settings.LORASITE.get(limits.get(JobKind(self.job.kind), ""))
         self._began_at = time.monotonic()
@@ -72,6 +75,8 @@ class Hold:
         if progress.figures:  # Otherwise the last loss would go with the first stage that has none.
             columns["figures"] = progress.figures
         self._progress |= columns
+        if progress.preview is not None:
+            self._preview = Preview(step=progress.step, jpeg=progress.preview)
         self.heed()
 
     def heed(self) -> None:
@@ -142,6 +147,12 @@ class Hold:
         """Progress columns that are not written yet; empty when there is nothing new."""
         progress, self._progress = self._progress, {}
         return progress
+
+    def take_preview(self) -> Preview | None:
+        """The newest preview that is not written yet."""
+        preview, self._preview = self._preview, None
+        self.has_preview = self.has_preview or preview is not None
+        return preview
 
     def write_progress(self) -> None:
         """Write the newest progress now instead of with the next beat, so that the end of a try shows its last step."""
@@ -215,6 +226,8 @@ class Heartbeat:
                 hold.renewed(asked_at)
                 hold.cancelled = hold.cancelled or job_id in answer.cancelled
                 hold.yielding = hold.yielding or job_id in answer.yielding
+                if preview := hold.take_preview():
+                    preview_write(job_id=job_id, token=hold.token, preview=preview)
         worker_beat(worker=self._worker, warm_bases=self._warm_bases())
 
     def _run(self) -> None:

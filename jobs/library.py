@@ -11,7 +11,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import ProtectedError
 
 from jobs.errors import Conflict
-from jobs.models import Dataset, DatasetImage, GeneratedImage, Lora, User
+from jobs.models import Dataset, DatasetImage, GeneratedImage, InputImage, Lora, Style, User
 from jobs.status import ACTIVE
 
 logger = logging.getLogger(__name__)
@@ -94,3 +94,29 @@ def lora_delete(*, lora: Lora) -> None:
 def generated_image_delete(*, image: GeneratedImage) -> None:
     """Remove one generated picture from its request."""
     image.delete()
+
+
+def input_image_delete(*, image: InputImage) -> None:
+    """Remove an uploaded picture; requests under way keep its bytes."""
+    image.delete()
+
+
+def style_save(*, style: Style, values: dict[str, Any]) -> Style:
+    """Create or change a style.
+
+    Raises:
+        Conflict: Its owner has another one of that name.
+    """
+    for field, value in values.items():
+        setattr(style, field, value)
+    try:
+        with transaction.atomic():
+            style.save()
+    except IntegrityError as error:
+        raise Conflict(f"you have a style named {style.name!r} already: choose another name") from error
+    return style
+
+
+def style_delete(*, style: Style) -> None:
+    """Remove a style; requests that used it keep its words."""
+    style.delete()

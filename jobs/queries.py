@@ -18,11 +18,13 @@ from jobs.models import (
     GeneratedImage,
     GenerationLora,
     GenerationRequest,
+    InputImage,
     Job,
     JobAttempt,
     JobEvent,
     Lora,
     LoraVersion,
+    Style,
     TrainingRun,
     User,
 )
@@ -114,6 +116,16 @@ def _with_jobs(rows: "QuerySet[Any]") -> "QuerySet[Any]":
 def generated_images_of(user: User) -> "QuerySet[GeneratedImage]":
     """Generated pictures."""
     return GeneratedImage.objects.owned_by(user)
+
+
+def input_images_of(user: User) -> "QuerySet[InputImage]":
+    """Pictures uploaded to begin from."""
+    return InputImage.objects.owned_by(user)
+
+
+def styles_of(user: User) -> "QuerySet[Style]":
+    """Named prompt templates."""
+    return Style.objects.owned_by(user)
 
 
 def loras_visible_to(user: User) -> "QuerySet[Lora]":

@@ -11,9 +11,12 @@ from django.db.models import Max
 
 from core.config import GenerateConfig, LoraUse, PreprocessConfig, TrainConfig, canonical_json_hash
 from core.failpoints import side_effect
+from core.prompt_syntax import parse_prompt
 from jobs import quotas
+from jobs.artifacts import artifacts_pin
 from jobs.errors import Conflict, IdempotencyMismatch, InvalidInput, NotReady
 from jobs.estimates import estimated_seconds, generation_units, preprocess_units, training_units
+from jobs.generation_specs import pictures_read, read_prompts
 from jobs.lifecycle import job_created
 from jobs.models import (
     BaseModel,
@@ -169,6 +172,9 @@ def training_submit(
     """
 
     quotas.refuse_oversized_training(config)
+    for prompt in config.sample_prompts:
+        if named := parse_prompt(prompt).loras:
+            raise InvalidInput(f"a sample prompt names LoRA {named[0][0]!r}: samples show the LoRA being trained alone")
 
     def refuse() -> None:
         if not dataset_version.is_ready:
@@ -222,6 +228,7 @@ def generation_submit(
     base_model: BaseModel,
     loras: Sequence[tuple[LoraVersion, float]],
     values: dict[str, Any],
+    styles: Sequence[str] = (),
     idempotency_key: str | None = None,
 ) -> Job:
     """Start generating pictures.
@@ -229,6 +236,8 @@ def generation_submit(
     Args:
         loras: LoRA versions that the owner may see, with their weights.
         values: GenerateConfig fields without `loras`; width and height default to the base model's native size.
+            Pictures to begin from must be the owner's. LoRAs named in the prompt are added to `loras`.
+        styles: Names of the owner's styles.
 
     Raises:
         core.errors.ConfigError: A value is out of range.
@@ -238,6 +247,7 @@ def generation_submit(
     """
     facts = _facts(base_model)
     native = {"width": facts.native_size_px, "height": facts.native_size_px}
+    values, loras = read_prompts(owner=owner, base_model=base_model, loras=loras, values=values, styles=styles)
     uses = tuple(LoraUse(sha256=version.kohya_sha256, weight=weight) for version, weight in loras)
     config = GenerateConfig.parse({**native, **values, "loras": [use.dump() for use in uses]})
     quotas.refuse_oversized_generation(config)
@@ -258,6 +268,8 @@ def generation_submit(
 
     @side_effect("generation_request.create")
     def attach(job: Job) -> None:
+        if pictures := pictures_read(config):
+            artifacts_pin(pictures)
         request = GenerationRequest.objects.create(owner=owner, job=job, base_model=base_model)
         GenerationLora.objects.bulk_create(
             GenerationLora(request=request, lora_version=version, weight=weight) for version, weight in loras

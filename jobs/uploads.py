@@ -14,6 +14,7 @@ from typing import BinaryIO, cast
 from django.conf import settings
 from django.core.files.uploadedfile import UploadedFile
 from django.db import transaction
+from PIL.Image import Image
 
 from core.errors import ImageRejected
 from core.failpoints import side_effect
@@ -47,15 +48,21 @@ class Rejected:
 
 
 @dataclass
-class UploadResult:
-    """What became of an upload's files."""
+class Rejections:
+    """Files of an upload that were left out."""
 
-    images: list[DatasetImage] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
 
     def reject(self, name: str, reason: FileRejected) -> None:
         """Note a file that was left out."""
         self.rejected.append(Rejected(name=name, code=reason.code, reason=reason.reason))
+
+
+@dataclass
+class UploadResult(Rejections):
+    """What became of an upload's files."""
+
+    images: list[DatasetImage] = field(default_factory=list)
 
 
 def dataset_images_upload(*, dataset: Dataset, owner: User, files: Sequence[UploadedFile]) -> UploadResult:
@@ -72,7 +79,7 @@ def dataset_images_upload(*, dataset: Dataset, owner: User, files: Sequence[Uplo
         ArtifactMissing: The upload took so long that its first pictures were removed again: upload once more.
     """
     result = UploadResult()
-    pictures, sidecars = _sort_files(files, result)
+    pictures, sidecars = sort_files(files, result)
     captions = _read_captions(sidecars, {stem_of(name) for name, _ in pictures}, result)
     seen = set(dataset.images.values_list("sha256", flat=True))
     accepted: list[DatasetImage] = []
@@ -116,9 +123,10 @@ def stem_of(name: str) -> str:
     return PurePosixPath(name).stem
 
 
-def _sort_files(
-    files: Sequence[UploadedFile], result: UploadResult
+def sort_files(
+    files: Sequence[UploadedFile], result: Rejections
 ) -> tuple[list[tuple[str, UploadedFile]], list[tuple[str, UploadedFile]]]:
+    """Pictures and sidecars, each with its label; what has no good name or is too large is rejected."""
     pictures: list[tuple[str, UploadedFile]] = []
     sidecars: list[tuple[str, UploadedFile]] = []
     limit = settings.LORASITE["UPLOAD_MAX_BYTES"]
@@ -164,18 +172,27 @@ def _caption(file: UploadedFile) -> str:
 
 def _store_picture(name: str, file: UploadedFile, seen: set[str]) -> DatasetImage:
     """Gate, normalise and store one picture; returns its row without dataset and owner, not saved."""
+    picture, png = judged(file)
+    sha256, size_bytes = hash_stream(png)
+    if sha256 in seen:
+        raise FileRejected("duplicate", "the same picture is in this dataset already")
+    artifact_put_stream(png)
+    return DatasetImage(name=name, sha256=sha256, size_bytes=size_bytes, width=picture.width, height=picture.height)
+
+
+def judged(file: UploadedFile) -> tuple[Image, BytesIO]:
+    """An uploaded picture, upright and without metadata, and its bytes as PNG.
+
+    Raises:
+        FileRejected: The gate refuses it.
+    """
     if not file.size:
         raise FileRejected("empty_file", "the file is empty (0 bytes): upload it again")
     try:
         picture = normalise(open_image(cast(BinaryIO, file.file)))
     except ImageRejected as error:
         raise FileRejected(error.code, str(error)) from error
-    png = BytesIO(encode_png(picture))
-    sha256, size_bytes = hash_stream(png)
-    if sha256 in seen:
-        raise FileRejected("duplicate", "the same picture is in this dataset already")
-    artifact_put_stream(png)
-    return DatasetImage(name=name, sha256=sha256, size_bytes=size_bytes, width=picture.width, height=picture.height)
+    return picture, BytesIO(encode_png(picture))
 
 
 def _save_rows(dataset: Dataset, accepted: list[DatasetImage], result: UploadResult) -> None:

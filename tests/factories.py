@@ -25,6 +25,7 @@ from jobs.models import (
     DatasetVersion,
     GeneratedImage,
     GenerationRequest,
+    InputImage,
     Job,
     Lora,
     LoraVersion,
@@ -80,6 +81,12 @@ def make_dataset(owner: User, *, pictures: int = 2, name: str = "") -> Dataset:
         result = dataset_images_upload(dataset=dataset, owner=owner, files=[picture_file() for _ in range(pictures)])
         assert len(result.images) == pictures
     return dataset
+
+
+def make_input_image(owner: User, *, name: str = "start.png") -> InputImage:
+    """An uploaded picture to begin from, with its bytes in the store."""
+    sha256, size_bytes = store_bytes(picture_bytes())
+    return InputImage.objects.create(owner=owner, name=name, sha256=sha256, size_bytes=size_bytes, width=64, height=64)
 
 
 def make_worker() -> WorkerProcess:

@@ -14,6 +14,7 @@ from unfold.enums import ActionVariant
 from unfold.forms import BaseDialogForm
 
 from core.errors import CoreError
+from jobs.admin.guidance import preview_picture
 from jobs.admin.job_history import JobAttemptInline, JobEventInline
 from jobs.admin.readonly import (
     STATE_COLOURS,
@@ -57,6 +58,7 @@ class JobAdmin(ReadOnlyAdmin):
         "figures_line",
         "error",
         "result",
+        "preview",
         "waiting",
         "estimate",
         "took",
@@ -67,7 +69,7 @@ class JobAdmin(ReadOnlyAdmin):
         "shown_traceback",
     ]
     fieldsets = [
-        (None, {"fields": ["kind", "owner", "state_shown", "progress", "figures_line", "error", "result"]}),
+        (None, {"fields": ["kind", "owner", "state_shown", "progress", "figures_line", "preview", "error", "result"]}),
         (
             "Times",
             {
@@ -171,6 +173,11 @@ class JobAdmin(ReadOnlyAdmin):
     def result(self, job: Job) -> str | SafeString:
         """What the job was for, linked."""
         return record_link(_result(job))
+
+    @display(description="Preview")
+    def preview(self, job: Job) -> str | SafeString:
+        """What its first picture looks like now."""
+        return preview_picture(job)
 
     @display(description="Took")
     def took(self, job: Job) -> str:

@@ -23,11 +23,12 @@ from jobs.errors import ArtifactDamaged
 logger = logging.getLogger(__name__)
 
 THUMBNAIL_PX = 192
+FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_AGE_SECONDS = 7 * 24 * 3600  # bytes behind a hash never change
 
 
 def picture_response(sha256: str, *, reduced: bool) -> HttpResponse:
-    """A stored picture as PNG: its own bytes, or shrunk to `THUMBNAIL_PX` for tables.
+    """A stored picture: its own bytes, or as a PNG shrunk to `THUMBNAIL_PX` for tables.
 
     Raises:
         Http404: The bytes are missing or damaged.
@@ -35,12 +36,13 @@ def picture_response(sha256: str, *, reduced: bool) -> HttpResponse:
     try:
         with artifact_open(sha256) as stream:
             content = _reduced_png(stream.read()) if reduced else stream.read()
+            content_type = "image/png" if reduced else _content_type(content)
     except (ArtifactDamaged, UnidentifiedImageError) as error:
         logger.exception("picture not shown sha256=%s", sha256)
         raise Http404(f"picture {sha256} cannot be shown: {error}") from error
     return HttpResponse(
         content,
-        content_type="image/png",
+        content_type=content_type,
         headers={
             "X-Content-Type-Options": "nosniff",
             "Content-Security-Policy": "default-src 'none'; sandbox",
@@ -49,9 +51,15 @@ def picture_response(sha256: str, *, reduced: bool) -> HttpResponse:
     )
 
 
+def _content_type(content: bytes) -> str:
+    """Of a stored picture, by its content: one of three that no browser takes for a page."""
+    with Image.open(BytesIO(content), formats=FORMATS) as picture:
+        return f"image/{str(picture.format).lower()}"
+
+
 def _reduced_png(content: bytes) -> bytes:
-    with Image.open(BytesIO(content), formats=["PNG"]) as picture:
-        if max(picture.size) <= THUMBNAIL_PX:
+    with Image.open(BytesIO(content), formats=FORMATS) as picture:
+        if max(picture.size) <= THUMBNAIL_PX and picture.format == "PNG":
             return content
         picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         out = BytesIO()

@@ -131,13 +131,13 @@ class DatasetImageListView(StudioView):
     def post(self, request: Request, dataset_id: UUID) -> Response:
         """Upload pictures and caption files, at most 200 files. 400 when not one picture was accepted."""
         dataset = queries.one(queries.datasets_of(self.person()), dataset_id)
-        result = uploads.dataset_images_upload(dataset=dataset, owner=self.person(), files=_read_files(request))
+        result = uploads.dataset_images_upload(dataset=dataset, owner=self.person(), files=read_files(request))
         if not result.images:
             raise ValidationError({FILES_FIELD: [f"{file.name}: {file.reason}" for file in result.rejected]})
         return Response(UploadSerializer(result).data, status=201)
 
 
-def _read_files(request: Request) -> list[UploadedFile]:
+def read_files(request: Request) -> list[UploadedFile]:
     """The parts named `files`; any other part is refused by name."""
     limit = settings.LORASITE["UPLOAD_MAX_BYTES"] * MAX_REQUEST_FILE_SIZES
     if int(request.META.get("CONTENT_LENGTH") or 0) > limit:

@@ -5,18 +5,21 @@ from uuid import UUID
 
 from django.urls import reverse
 from drf_spectacular.utils import extend_schema, extend_schema_field, extend_schema_serializer
-from pydantic import Field, create_model
+from pydantic import Field, create_model, model_validator
 from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 
 from core.config import Config, GenerateConfig, LoraUse
+from core.errors import ConfigError
+from core.webui_names import understand_webui_names
 from jobs import queries, submission
 from jobs.api.base_models import BaseModelNameSerializer
 from jobs.api.jobs import ACCEPTED, LOCATION, JobSerializer, accepted
 from jobs.api.request_body import IDEMPOTENCY_KEY, Label, read_config, read_idempotency_key
 from jobs.api.studio_view import StudioView
-from jobs.models import GenerationLora, GenerationRequest
+from jobs.generation_specs import picture_sha256
+from jobs.models import GenerationLora, GenerationRequest, User
 
 
 class LoraChoice(Config):
@@ -27,9 +30,12 @@ class LoraChoice(Config):
 
 
 GENERATE_FIELDS: dict[str, Any] = {
-    name: (field.annotation, field) for name, field in GenerateConfig.model_fields.items() if name != "loras"
+    name: (field.annotation, field)
+    for name, field in GenerateConfig.model_fields.items()
+    if name not in ("loras", "init_image", "mask")
 }
-"""As in `GenerateConfig`, so that the rules of a value are written once; LoRAs are named by id instead of hash."""
+"""As in `GenerateConfig`, so that the rules of a value are written once; what is stored is named by id, never by hash:
+whoever knows a hash has no right to its bytes."""
 
 GENERATE_FIELDS |= {
     side: (
@@ -44,7 +50,19 @@ class GenerationRequestInput(Config):
     """What a generation names besides the settings of `GenerateConfig`."""
 
     base_model: Label = Field(description="Id or name.")
-    loras: tuple[LoraChoice, ...] = Field((), max_length=8, description="LoRAs to apply together, at most 8.")
+    loras: tuple[LoraChoice, ...] = Field(
+        (), max_length=8, description="LoRAs to apply together, at most 8; those in the prompt (<lora:name:1>) count."
+    )
+    init_image: UUID | None = Field(
+        None, description="Begin from this picture (img2img): uploaded for it, of a dataset, or generated. All yours."
+    )
+    mask: UUID | None = Field(None, description="White where init_image may change (inpainting). A picture of yours.")
+    styles: tuple[Label, ...] = Field((), max_length=8, description="Names of your styles, applied in this order.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _webui_names(cls, values: Any) -> Any:
+        return understand_webui_names(values) if isinstance(values, dict) else values
 
 
 GenerationInput = create_model("GenerationInput", __base__=GenerationRequestInput, **GENERATE_FIELDS)
@@ -70,10 +88,11 @@ class PictureSerializer(serializers.Serializer[Any]):
 
     id = serializers.UUIDField()
     seed = serializers.IntegerField()
+    image_format = serializers.CharField()
     url = serializers.SerializerMethodField()
 
     def get_url(self, image: Any) -> str:
-        """The PNG itself."""
+        """The picture itself."""
         return reverse("image-file", args=[image.pk])
 
 
@@ -92,8 +111,11 @@ class GenerationSerializer(serializers.ModelSerializer[GenerationRequest]):
 
     @extend_schema_field(GenerateConfig)  # type: ignore[arg-type]  # its pydantic extension
     def get_config(self, request: GenerationRequest) -> dict[str, Any]:
-        """The job's specification."""
-        return dict(request.job.spec)
+        """The job's specification; one of a newer version as it is."""
+        try:
+            return GenerateConfig.parse(request.job.spec).model_dump(mode="json")
+        except ConfigError:
+            return dict(request.job.spec)
 
 
 class GenerationListView(StudioView):
@@ -116,10 +138,18 @@ class GenerationListView(StudioView):
             owner=self.person(),
             base_model=queries.base_model_chosen(asked.base_model),
             loras=[(version, choice.weight) for version, choice in zip(versions, asked.loras, strict=True)],
-            values=asked.model_dump(exclude={"base_model", "loras"}, exclude_none=True),
+            values=_values(self.person(), asked),
+            styles=asked.styles,
             idempotency_key=read_idempotency_key(request),
         )
         return accepted(self, job)
+
+
+def _values(person: User, asked: Any) -> dict[str, Any]:
+    """What was asked for, with hashes in place of the ids of the person's own pictures."""
+    named = {name: getattr(asked, name) for name in ("init_image", "mask")}
+    values: dict[str, Any] = asked.model_dump(exclude={"base_model", "loras", "styles", *named}, exclude_none=True)
+    return values | {name: picture_sha256(person, chosen) for name, chosen in named.items() if chosen is not None}
 
 
 class GenerationView(StudioView):

@@ -9,6 +9,7 @@ from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from core.image_files import CONTENT_TYPES, ENDINGS
 from jobs import library, queries
 from jobs.api.files import PNG, artifact_response, file_responses
 from jobs.api.studio_view import StudioView
@@ -29,6 +30,7 @@ class ImageSerializer(serializers.ModelSerializer[GeneratedImage]):
             "number",
             "seed",
             "sha256",
+            "image_format",
             "size_bytes",
             "width",
             "height",
@@ -37,7 +39,7 @@ class ImageSerializer(serializers.ModelSerializer[GeneratedImage]):
         ]
 
     def get_file_url(self, image: GeneratedImage) -> str:
-        """The PNG."""
+        """The picture."""
         return reverse("image-file", args=[image.pk])
 
 
@@ -71,8 +73,15 @@ class ImageView(StudioView):
 class ImageFileView(StudioView):
     """The picture itself."""
 
-    @extend_schema(responses=file_responses(PNG, "The picture, with its settings in the PNG text."))
+    @extend_schema(
+        responses=file_responses(PNG, "The picture with its settings: in PNG text, or in EXIF of image/jpeg or webp.")
+    )
     def get(self, request: Request, image_id: UUID) -> HttpResponseBase:
-        """The PNG."""
+        """The picture, as it was asked for: PNG, JPEG or WebP."""
         image = queries.one(queries.generated_images_of(self.person()), image_id)
-        return artifact_response(request, image.sha256, content_type=PNG, filename=f"{image.seed}-{image.number}.png")
+        return artifact_response(
+            request,
+            image.sha256,
+            content_type=CONTENT_TYPES[image.image_format],
+            filename=f"{image.seed}-{image.number}{ENDINGS[image.image_format]}",
+        )

@@ -10,8 +10,11 @@ from jobs.api import (
     datasets,
     generations,
     images,
+    input_images,
     jobs,
     loras,
+    previews,
+    styles,
     trainings,
 )
 
@@ -41,6 +44,7 @@ v1 = [
     path("jobs/<uuid:job_id>/", jobs.JobView.as_view(), name="job"),
     path("jobs/<uuid:job_id>/cancel/", jobs.JobCancelView.as_view(), name="job-cancel"),
     path("jobs/<uuid:job_id>/events/", jobs.JobEventsView.as_view(), name="job-events"),
+    path("jobs/<uuid:job_id>/preview/", previews.JobPreviewView.as_view(), name="job-preview"),
     path("loras/", loras.LoraListView.as_view(), name="loras"),
     path("loras/<uuid:lora_id>/", loras.LoraView.as_view(), name="lora"),
     path("lora-versions/<uuid:version_id>/file/", loras.LoraVersionFileView.as_view(), name="lora-version-file"),
@@ -48,6 +52,11 @@ v1 = [
     path("images/", images.ImageListView.as_view(), name="images"),
     path("images/<uuid:image_id>/", images.ImageView.as_view(), name="image"),
     path("images/<uuid:image_id>/file/", images.ImageFileView.as_view(), name="image-file"),
+    path("input-images/", input_images.InputImageListView.as_view(), name="input-images"),
+    path("input-images/<uuid:image_id>/", input_images.InputImageView.as_view(), name="input-image"),
+    path("input-images/<uuid:image_id>/file/", input_images.InputImageFileView.as_view(), name="input-image-file"),
+    path("styles/", styles.StyleListView.as_view(), name="styles"),
+    path("styles/<uuid:style_id>/", styles.StyleView.as_view(), name="style"),
 ]
 
 urlpatterns = [

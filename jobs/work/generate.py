@@ -6,11 +6,15 @@ from typing import Any
 
 from core.config import GenerateConfig
 from core.failpoints import side_effect
+from core.image_files import ENDINGS
 from jobs.artifacts import artifact_put, artifacts_pin
 from jobs.heartbeat import Hold
 from jobs.models import GeneratedImage, GenerationRequest
 from jobs.node_cache import node_cache
+from jobs.previews import preview_drop
 from jobs.scratch import scratch_open
+
+IMAGE_FORMATS = {ending: image_format for image_format, ending in ENDINGS.items()}
 
 
 class GenerateWork:
@@ -69,9 +73,12 @@ class GenerateWork:
                     size_bytes=size_bytes,
                     width=picture.width,
                     height=picture.height,
+                    image_format=IMAGE_FORMATS.get(picture.path.suffix, "png"),
                 )
                 for number, (picture, sha256, size_bytes) in enumerate(self.stored)
             )
+        if self.hold.has_preview:
+            preview_drop(job_id=self.hold.job.pk)
 
 
 def compute_as_they_come(

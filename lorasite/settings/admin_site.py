@@ -55,6 +55,7 @@ UNFOLD: dict[str, Any] = {
                     _page("Generations", "draw", "jobs.generationrequest"),
                     _page("Attempts", "replay", "jobs.jobattempt"),
                     _page("Events", "history", "jobs.jobevent"),
+                    _page("Previews", "visibility", "jobs.jobpreview"),
                 ],
             },
             {
@@ -68,6 +69,8 @@ UNFOLD: dict[str, Any] = {
                     _page("LoRA versions", "layers", "jobs.loraversion"),
                     _page("LoRA uses", "link", "jobs.generationlora"),
                     _page("Generated pictures", "collections", "jobs.generatedimage"),
+                    _page("Pictures to begin from", "add_photo_alternate", "jobs.inputimage"),
+                    _page("Styles", "palette", "jobs.style"),
                 ],
             },
             {

@@ -22,12 +22,15 @@ from jobs.models import (
     GeneratedImage,
     GenerationLora,
     GenerationRequest,
+    InputImage,
     Job,
     JobAttempt,
+    JobPreview,
     LeaderLease,
     Lora,
     LoraVersion,
     OwnerUsage,
+    Style,
     TrainingRun,
     User,
     WorkerProcess,
@@ -115,6 +118,15 @@ def site(db: None) -> Site:
         width=64,
         height=64,
     )
+    InputImage.objects.create(
+        owner=creator,
+        name="start <script>alert(1)</script>.png",
+        sha256=sha256,
+        size_bytes=size_bytes,
+        width=64,
+        height=64,
+    )
+    Style.objects.create(owner=creator, name="blueprint", prompt="{prompt}, blueprint style")
     preprocess = PreprocessConfig(resolution=64, bucket_step_px=32).dump()
     version = DatasetVersion.objects.create(
         owner=creator,
@@ -139,6 +151,7 @@ def site(db: None) -> Site:
         figures={"loss": 0.1234, "steps_per_second": 3.5},
         started_at=timezone.now(),
     )
+    JobPreview.objects.create(job=train_job, token=1, step=150, jpeg=b"a look")
     JobAttempt.objects.create(job=train_job, token=1, worker=worker, worker_name=str(worker), started_at=timezone.now())
     training = TrainingRun.objects.create(
         owner=creator,

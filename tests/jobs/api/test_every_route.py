@@ -13,8 +13,9 @@ from django.utils import timezone
 from rest_framework.test import APIClient
 
 from jobs.api.urls import v1
-from jobs.models import ApiKey, Job, User
+from jobs.models import ApiKey, Job, Style, User
 from jobs.models.record import OwnedRecord
+from jobs.previews import Preview, preview_write
 from jobs.status import JobState
 from tests.conftest import MakeClient
 from tests.factories import (
@@ -22,6 +23,7 @@ from tests.factories import (
     make_dataset,
     make_dataset_version,
     make_generation,
+    make_input_image,
     make_job,
     make_lora,
     make_training,
@@ -56,6 +58,10 @@ def home(owner: User) -> Home:
     generation = make_generation(owner, loras=[(lora_version, 0.5)])
     picture = generation.images.get()
     job = make_job(owner, base_model=base)
+    running = make_job(owner, JobState.RUNNING, base_model=base)
+    preview_write(job_id=running.pk, token=running.token, preview=Preview(step=3, jpeg=b"owners-look"))
+    start = make_input_image(owner)
+    style = Style.objects.create(owner=owner, name="owners-style")
     ids: dict[str, dict[str, Any]] = {
         "base-model": {"base_model_id": base.pk},
         "dataset": {"dataset_id": dataset.pk},
@@ -67,7 +73,11 @@ def home(owner: User) -> Home:
         "training": {"training_id": run.pk},
         "training-sample": {"training_id": run.pk, "sha256": run.samples[0]["sha256"]},
         "generation": {"generation_id": generation.pk},
+        "input-image": {"image_id": start.pk},
+        "input-image-file": {"image_id": start.pk},
+        "style": {"style_id": style.pk},
         "job": {"job_id": job.pk},
+        "job-preview": {"job_id": running.pk},
         "job-cancel": {"job_id": job.pk},
         "job-events": {"job_id": job.pk},
         "lora": {"lora_id": lora.pk},
@@ -81,9 +91,11 @@ def home(owner: User) -> Home:
         "generations": {"base_model": str(base.pk), "prompt": "x", "loras": [{"lora": str(lora.pk)}]},
         "dataset-image": {"caption": "changed"},
         "lora": {"name": "changed"},
+        "style": {"prompt": "changed"},
     }
     rows = [row for model in owned_models() for row in model.objects.filter(owner=owner)]
     secrets = {str(row.pk) for row in rows} | {"owners-dataset", "owners-lora", "owners-lora-name", image.sha256}
+    secrets |= {"owners-look", "owners-style", start.sha256}
     return Home(owner, ids, bodies, secrets)
 
 
@@ -99,7 +111,7 @@ def everything(owner: User) -> str:
 
 def visit(client: APIClient, home: Home, name: str, method: str) -> Any:
     url = reverse(name, kwargs=home.ids.get(name))
-    if name == "dataset-images" and method == "post":
+    if name in ("dataset-images", "input-images") and method == "post":
         return client.post(url, {"files": [picture_file()]}, format="multipart")
     body = home.bodies.get(name, {}) if method in ("post", "put", "patch") else None
     return getattr(client, method)(url, body, format="json")
@@ -143,7 +155,7 @@ def test_a_stranger_and_staff_find_nothing_of_the_owner(
             if name in home.ids and name not in SHARED:
                 assert response.status_code in (404, 405), f"{method} {name}: {response.status_code}"
             else:
-                assert response.status_code in (200, 400, 404, 405), f"{method} {name}: {response.status_code}"
+                assert response.status_code in (200, 201, 400, 404, 405), f"{method} {name}: {response.status_code}"
             content = content_of(response)
             sent = json.dumps(home.bodies.get(name, {})) if response.status_code == 404 else ""
             leaked = [secret for secret in home.secrets if secret in content and secret not in sent]
