@@ -8,7 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from core.errors import LoraFileError
 
@@ -20,6 +20,22 @@ MAX_DIMENSIONS = 4
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,254}", re.ASCII)
 # Integer types are for `.alpha` alone: some converters write it as int64.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
+
+# What people upload by mistake, or to try: by first bytes. As a length field, each would announce far too much.
+PICKLE = "a pickle, which runs code when it is opened: convert it to safetensors"
+OTHER_FILES = {
+    b"PK\x03\x04": "a ZIP (a .ckpt or .pt file, perhaps): convert it to safetensors",
+    **{
+        bytes([0x80, version]) + next_byte: PICKLE
+        for version in (2, 3, 4, 5)
+        for next_byte in (b"}", b"c", b"\x8a", b"\x95")
+    },
+    b"<!DOCTYP": "a web page: the download went wrong, fetch the file itself",
+    b"<html": "a web page: the download went wrong, fetch the file itself",
+    b"version ": "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`",
+    b"GGUF": "a GGUF file: LoRAs are read as safetensors",
+    b"\x89PNG": "a picture",
+}
 
 
 class TensorInfo(NamedTuple):
@@ -35,11 +51,13 @@ class LoraHeader:
 
     Attributes:
         tensors: By name, in the order of the header.
+        begins: First byte of each tensor, counted from `data_offset_bytes`.
         metadata: The `__metadata__` strings; data to show, never to trust.
         data_offset_bytes: Where the tensor bytes begin in the file.
     """
 
     tensors: dict[str, TensorInfo]
+    begins: dict[str, int]
     metadata: dict[str, str]
     data_offset_bytes: int
 
@@ -54,31 +72,45 @@ def read_header(path: Path) -> LoraHeader:
         LoraFileError: Says which rule the file breaks.
     """
     try:
-        file_bytes = path.stat().st_size
         with path.open("rb") as file:
-            text, data_offset_bytes = _header_text(file, file_bytes, path.name)
+            return parse_header(file, path.stat().st_size, path.name)
     except OSError as error:
         raise LoraFileError(f"{path.name} cannot be read ({error.strerror}): check that the file is there") from error
-    header = _parse_json(text, path.name)
-    metadata = _metadata(header.pop("__metadata__", {}), path.name)
+
+
+def parse_header(file: BinaryIO | IO[bytes], file_bytes: int, label: str) -> LoraHeader:
+    """As `read_header`, of an open file; reads nothing behind the header.
+
+    Args:
+        file: At its beginning.
+        file_bytes: Size of the whole file.
+        label: Its name, for people.
+    """
+    text, data_offset_bytes = _header_text(file, file_bytes, label)
+    header = _parse_json(text, label)
+    metadata = _metadata(header.pop("__metadata__", {}), label)
     if not header:
-        raise LoraFileError(f"{path.name} holds no tensors: export the LoRA again")
+        raise LoraFileError(f"{label} holds no tensors: export the LoRA again")
     if len(header) > MAX_TENSORS:
-        raise LoraFileError(f"{path.name} lists {len(header)} tensors, more than {MAX_TENSORS}: this is not a LoRA")
+        raise LoraFileError(f"{label} lists {len(header)} tensors, more than {MAX_TENSORS}: this is not a LoRA")
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
-        tensors[name], begin, end = _tensor(name, entry, path.name)
+        tensors[name], begin, end = _tensor(name, entry, label)
         spans.append((begin, end, name))
-    _check_spans(spans, file_bytes - data_offset_bytes, path.name)
-    return LoraHeader(tensors=tensors, metadata=metadata, data_offset_bytes=data_offset_bytes)
+    _check_spans(spans, file_bytes - data_offset_bytes, label)
+    begins = {name: begin for begin, _, name in spans}
+    return LoraHeader(tensors=tensors, begins=begins, metadata=metadata, data_offset_bytes=data_offset_bytes)
 
 
-def _header_text(file: BinaryIO, file_bytes: int, label: str) -> tuple[bytes, int]:
+def _header_text(file: BinaryIO | IO[bytes], file_bytes: int, label: str) -> tuple[bytes, int]:
     """The header's JSON and where it ends; reads no more than MAX_HEADER_BYTES."""
     length_field = file.read(8)
     if len(length_field) < 8:
         raise LoraFileError(f"{label} is {file_bytes} bytes long, too short for a safetensors file: upload it again")
+    for beginning, what in OTHER_FILES.items():
+        if length_field.startswith(beginning):
+            raise LoraFileError(f"{label} is {what}")
     header_bytes = int.from_bytes(length_field, "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise LoraFileError(
