@@ -3,7 +3,7 @@
 Called by `core.generate`; decides nothing about the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -27,7 +27,6 @@ class Request:
         loras: Slots (of the run's `LoraSlots`) and weights.
         init_picture: RGB, what `config.init_image` names, of `core.image_guidance.read_init_picture`.
         mask: What `config.mask` names, of `core.image_guidance.read_mask`.
-        on_preview: Gets small JPEGs of the first picture of each track, every `config.preview_every_steps`.
     """
 
     config: GenerateConfig
@@ -36,7 +35,6 @@ class Request:
     loras: RowLoras = ()
     init_picture: Image.Image | None = None
     mask: Image.Image | None = None
-    on_preview: Callable[[bytes], None] | None = None
 
 
 Outcome = list[Image.Image] | Interrupted | CoreError
@@ -64,6 +62,8 @@ class Drawing:
         pictures_per_forward: int,
     ) -> None:
         self.request, self.text, self.source, self.cells = request, text, source, cells
+        self.preview: bytes | None = None
+        """A small JPEG that nobody was told of yet."""
         self._waiting = list(range(request.config.count))
         self._running: dict[Track, list[int]] = {}
         self._second: set[Track] = set()
@@ -136,7 +136,8 @@ class Drawing:
         running = sum(len(numbers) * track.steps_done for track, numbers in self._running.items())
         total = self._turns * self._steps
         step = (self._steps_done + running) * total // (self.request.config.count * self._steps)
-        self.request.report(Progress(stage="denoising", step=min(step, total), total=total))
+        preview, self.preview = self.preview, None
+        self.request.report(Progress(stage="denoising", step=min(step, total), total=total, preview=preview))
 
     def _together(self, at_most: int) -> int:
         return min(at_most, 1) if self.request.config.exact else at_most

@@ -202,10 +202,12 @@ def _track_of(
 ) -> Track:
     request = drawing.request
     track = begin_track(base, config, drawing.text, seeds, source=source, cells=drawing.cells, loras=request.loras)
-    on_preview = request.on_preview
-    if on_preview is not None and config.preview_every_steps:
-        track.watch = lambda latents: on_preview(preview_jpeg(preview_factors(base), latents))
-        track.watch_every = config.preview_every_steps
+    if config.preview_every_steps and seeds[0] == config.seed:
+
+        def watch(latents: Tensor) -> None:
+            drawing.preview = preview_jpeg(preview_factors(base), latents)
+
+        track.watch, track.watch_every = watch, config.preview_every_steps
     return track
 
 

@@ -6,15 +6,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from core.config import GenerateConfig, LoraUse
 from core.drawing import Outcome, Request
 from core.errors import Interrupted
 from core.generate import generate_as_they_come
-from core.image_files import infotext, save_png
-from core.lora_utils import apply_lora
+from core.image_files import ENDINGS, infotext, save_picture
+from core.image_guidance import read_init_picture, read_mask
+from core.lora_utils import apply_lora, sshs_model_hash
 from core.memory_ladder import generation_memory
 from core.pipelines import LoadedBase
 from core.progress import Progress, Report
@@ -43,7 +44,7 @@ class Order:
         lora_names: Of `config.loras`, in their order, for people.
         folder: Gets the pictures.
         report: Its own; may raise `core.errors.Interrupted`, which stops this request alone.
-        fetch: Gets its LoRA files, and may raise what `report` raises.
+        fetch: Gets its LoRAs and the pictures that it begins from, and may raise what `report` raises.
     """
 
     config: GenerateConfig
@@ -149,10 +150,24 @@ class _Run:
         for order in tuple(self._waiting):
             if order.config.loras == uses:
                 self._waiting.remove(order)
-                request = Request(config=order.config, report=order.report)
+                try:
+                    request = self._request(order)
+                except Exception as error:  # noqa: BLE001 - becomes the end of this order
+                    self._on_done(order, error)
+                    continue
                 self._orders[request] = (order, time.monotonic())
                 requests.append(request)
         return requests
+
+    def _request(self, order: Order) -> Request:
+        config = order.config
+        size = config.width, config.height
+        return Request(
+            config=config,
+            report=order.report,
+            init_picture=read_init_picture(order.fetch(config.init_image), *size) if config.init_image else None,
+            mask=read_mask(order.fetch(config.mask), *size) if config.mask else None,
+        )
 
     def _done(self, request: Request, outcome: Outcome) -> None:
         order, began = self._orders.pop(request)
@@ -163,8 +178,17 @@ class _Run:
         clip_skip = resolve_clip_skip(self._base, config.clip_skip)
         pictures = []
         for number, (image, seed) in enumerate(zip(outcome, config.seeds(), strict=True)):
-            path = order.folder / f"{number:04d}.png"
-            save_png(image, path, infotext(config, seed, self._base_name, order.lora_names, clip_skip=clip_skip))
+            path = order.folder / f"{number:04d}{ENDINGS[config.image_format]}"
+            words = infotext(
+                config,
+                seed,
+                self._base_name,
+                order.lora_names,
+                clip_skip=clip_skip,
+                model_hash=self._base.fingerprint,
+                lora_hashes=[_hash_of_weights(order.fetch(use.sha256)) for use in config.loras],
+            )
+            save_picture(image, path, words, image_format=config.image_format, quality=config.image_quality)
             pictures.append(Picture(path=path, seed=seed, width=image.width, height=image.height))
         logger.info(
             "generated %s vae=own attention=sdpa loras=%d count=%d size=%dx%d steps=%d sampler=%s seconds=%.2f",
@@ -172,3 +196,9 @@ class _Run:
             time.monotonic() - began,
         )  # fmt: skip
         self._on_done(order, pictures)
+
+
+@lru_cache(maxsize=4096)
+def _hash_of_weights(path: Path) -> str:
+    """WebUI's name for a LoRA; files of the cache are named by their hash, so that a path always means the same."""
+    return sshs_model_hash(path)

@@ -84,10 +84,15 @@ def test_a_second_pass_is_larger_the_same_in_company_and_counted(tiny_base: Load
 
 def test_previews_come_every_so_many_steps_and_change_nothing(tiny_base: LoadedBase) -> None:
     shown: list[bytes] = []
-    config = CONFIG.model_copy(update={"preview_every_steps": 2})
-    (watched,) = _draw(tiny_base, Request(config=config, on_preview=shown.append))
-    (unwatched,) = generate(tiny_base, CONFIG)
-    assert watched.tobytes() == unwatched.tobytes()
+
+    def look(progress: Progress) -> None:
+        if progress.preview is not None:
+            shown.append(progress.preview)
+
+    config = CONFIG.model_copy(update={"count": 2})
+    watched = generate(tiny_base, config.model_copy(update={"preview_every_steps": 2}), report=look)
+    unwatched = generate(tiny_base, config)
+    assert [picture.tobytes() for picture in watched] == [picture.tobytes() for picture in unwatched]
     assert len(shown) == 3
     with Image.open(io.BytesIO(shown[-1])) as preview:
         assert preview.format == "JPEG"
