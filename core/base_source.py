@@ -10,21 +10,33 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
-from core.base_facts import BaseFacts
+from core.base_facts import BaseFacts, Family
 from core.errors import BaseModelError, ConfigError
 
 OVERRIDES_NAME = "lorasite.json"
 """Beside `model_index.json`: `{"default_clip_skip": 1}` where a base was not trained with its family's default."""
 
-SD1_DEFAULT_CLIP_SKIP = 2
+DEFAULT_CLIP_SKIP = 2
+"""Of both families; for SDXL it means the penultimate layers of its two text encoders."""
 
+FAMILIES: dict[str, Family] = {"StableDiffusionPipeline": "sd1", "StableDiffusionXLPipeline": "sdxl"}
+TOKENIZER_CLASSES = {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")}
 COMPONENTS = {
-    "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
+    "tokenizer": TOKENIZER_CLASSES,
     "text_encoder": {("transformers", "CLIPTextModel")},
     "unet": {("diffusers", "UNet2DConditionModel")},
     "vae": {("diffusers", "AutoencoderKL")},
 }
-WEIGHT_STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+SDXL_COMPONENTS = COMPONENTS | {
+    "tokenizer_2": TOKENIZER_CLASSES,
+    "text_encoder_2": {("transformers", "CLIPTextModelWithProjection")},
+}
+WEIGHT_STEMS = {
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -74,7 +86,7 @@ def fetch_source(name: str) -> Path:
 
 
 def check_source(source: Path) -> None:
-    """Refuse what is not a plain diffusers SD 1.x pipeline in safetensors.
+    """Refuse what is not a plain diffusers SD 1.x or SDXL pipeline in safetensors.
 
     Raises:
         BaseModelError: Says which part is wrong and why.
@@ -85,9 +97,11 @@ def check_source(source: Path) -> None:
             "(StableDiffusionPipeline.from_single_file(...).save_pretrained(...))"
         )
     index = read_json(source / "model_index.json")
-    if index.get("_class_name") != "StableDiffusionPipeline":
+    family = _family(index.get("_class_name"))
+    if family is None:
         raise BaseModelError(
-            f"{source} is a {index.get('_class_name')!r}: only StableDiffusionPipeline folders (SD 1.x) are served"
+            f"{source} is a {index.get('_class_name')!r}: only StableDiffusionPipeline (SD 1.x) and "
+            "StableDiffusionXLPipeline (SDXL) folders are served"
         )
     scripts = sorted(path.relative_to(source).as_posix() for path in source.rglob("*.py"))
     if scripts:
@@ -95,12 +109,26 @@ def check_source(source: Path) -> None:
     for name, entry in index.items():
         if isinstance(entry, list) and (len(entry) != 2 or entry[0] not in KNOWN_LIBRARIES):
             raise BaseModelError(f"{source}: {name} comes from {entry[0]!r}, not from diffusers or transformers")
-    for name, allowed in COMPONENTS.items():
+    for name, allowed in components_of(family).items():
         if tuple(index.get(name) or ()) not in allowed:
             raise BaseModelError(f"{source}: {name} is {index.get(name)}, expected one of {sorted(allowed)}")
     scheduler = index.get("scheduler")
     if not isinstance(scheduler, list) or scheduler[0] != "diffusers":
         raise BaseModelError(f"{source}: scheduler is {scheduler}, expected one of diffusers")
+
+
+def family_of(source: Path) -> Family:
+    """The family that a checked folder says it belongs to."""
+    return _family(read_json(source / "model_index.json").get("_class_name")) or "sd1"
+
+
+def components_of(family: Family) -> dict[str, set[tuple[str, str]]]:
+    """The parts of a pipeline of this family, and the classes that each may be."""
+    return SDXL_COMPONENTS if family == "sdxl" else COMPONENTS
+
+
+def _family(class_name: object) -> Family | None:
+    return FAMILIES.get(class_name) if isinstance(class_name, str) else None
 
 
 def input_files(source: Path) -> dict[str, Path]:
@@ -110,21 +138,17 @@ def input_files(source: Path) -> dict[str, Path]:
         BaseModelError: A weight file is missing, split, or there only as a pickle.
     """
     files = {"model_index.json": source / "model_index.json"}
-    for name, stem in WEIGHT_STEMS.items():
+    components = components_of(family_of(source))
+    for name, stem in ((name, stem) for name, stem in WEIGHT_STEMS.items() if name in components):
         files[f"{name}/config.json"] = source / name / "config.json"
         weights = find_weights(source / name, stem)
         files[f"{name}/{weights.name}"] = weights
     files["scheduler/scheduler_config.json"] = source / "scheduler" / "scheduler_config.json"
-    for file_name in TOKENIZER_FILES:
-        path = source / "tokenizer" / file_name
-        if path.is_file():
-            files[f"tokenizer/{file_name}"] = path
-    has_vocabulary = {
-        "tokenizer/vocab.json",
-        "tokenizer/merges.txt",
-    } <= files.keys() or "tokenizer/tokenizer.json" in files
-    if not has_vocabulary:
-        raise BaseModelError(f"{source}/tokenizer holds neither vocab.json and merges.txt nor tokenizer.json")
+    for tokenizer in (name for name in components if name.startswith("tokenizer")):
+        found = {name: source / tokenizer / name for name in TOKENIZER_FILES if (source / tokenizer / name).is_file()}
+        if not {"vocab.json", "merges.txt"} <= found.keys() and "tokenizer.json" not in found:
+            raise BaseModelError(f"{source}/{tokenizer} holds neither vocab.json and merges.txt nor tokenizer.json")
+        files |= {f"{tokenizer}/{name}": path for name, path in found.items()}
     if (source / OVERRIDES_NAME).is_file():
         files[OVERRIDES_NAME] = source / OVERRIDES_NAME
     return files
@@ -157,27 +181,29 @@ def read_facts(source: Path) -> BaseFacts:
     Raises:
         BaseModelError: Another family, or values that make no sense.
     """
+    family = family_of(source)
     unet = read_json(source / "unet" / "config.json")
     vae = read_json(source / "vae" / "config.json")
-    text_encoder = read_json(source / "text_encoder" / "config.json")
     scheduler = read_json(source / "scheduler" / "scheduler_config.json")
-    tokenizer_path = source / "tokenizer" / "tokenizer_config.json"
-    tokenizer = read_json(tokenizer_path) if tokenizer_path.is_file() else {}
-    _check_family(source, unet, vae)
-    for name, config in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder), ("tokenizer", tokenizer)):
+    encoders = {name: read_json(source / name / "config.json") for name in _named(family, "text_encoder")}
+    tokenizers = {name: _read_optional(source / name / "tokenizer_config.json") for name in _named(family, "tokenizer")}
+    _check_family(source, family, unet, vae)
+    for name, config in {"unet": unet, "vae": vae, **encoders, **tokenizers}.items():
         if "auto_map" in config:
             raise BaseModelError(f"{source}/{name} asks for its own code (auto_map), which is never run")
     try:
         vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        text_layers = int(text_encoder["num_hidden_layers"])
-        positions = int(text_encoder["max_position_embeddings"])
+        text_layers = min(int(config["num_hidden_layers"]) for config in encoders.values())
+        positions = min(int(config["max_position_embeddings"]) for config in encoders.values())
         return BaseFacts.parse(
             {
-                "family": "sd1",
+                "family": family,
                 "default_clip_skip": min(_default_clip_skip(source), text_layers),
                 "prediction_type": scheduler.get("prediction_type", "epsilon"),
                 # A tokenizer without a limit of its own writes 1e30 here.
-                "max_tokens": int(min(tokenizer.get("model_max_length", positions), positions)),
+                "max_tokens": int(
+                    min(positions, *(config.get("model_max_length", positions) for config in tokenizers.values()))
+                ),
                 "vae_factor": vae_factor,
                 # Every UNet block but the last halves the latent's sides.
                 "bucket_step_px": max(8, vae_factor * 2 ** (len(unet["block_out_channels"]) - 1)),
@@ -192,27 +218,38 @@ def read_facts(source: Path) -> BaseFacts:
         raise BaseModelError(f"{source} does not fit what lorasite serves: {error}") from error
 
 
-def _check_family(source: Path, unet: dict[str, Any], vae: dict[str, Any]) -> None:
-    if unet.get("addition_embed_type") not in (None, "text"):
-        raise BaseModelError(f"{source} is of the SDXL family: only SD 1.x is served")
-    if unet.get("use_linear_projection"):
-        raise BaseModelError(f"{source} is of the SD 2.x family (linear projections): only SD 1.x is served")
+def _named(family: Family, prefix: str) -> list[str]:
+    return [name for name in components_of(family) if name.startswith(prefix)]
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _check_family(source: Path, family: Family, unet: dict[str, Any], vae: dict[str, Any]) -> None:
+    added = unet.get("addition_embed_type")
+    if family == "sdxl" and added != "text_time":
+        raise BaseModelError(f"{source} calls itself SDXL, but its UNet takes {added!r} instead of sizes: not served")
+    if family == "sd1" and added not in (None, "text"):
+        raise BaseModelError(f"{source} has a UNet of the SDXL family in a pipeline of SD 1.x: not served")
+    if family == "sd1" and unet.get("use_linear_projection"):
+        raise BaseModelError(f"{source} is of the SD 2.x family (linear projections): only SD 1.x and SDXL are served")
     if unet.get("in_channels") != vae.get("latent_channels"):
         raise BaseModelError(
             f"{source}: the UNet takes {unet.get('in_channels')} channels, the VAE gives {vae.get('latent_channels')} "
             "(an inpainting model?): only text-to-image models are served"
         )
     if vae.get("shift_factor") or vae.get("latents_mean"):
-        raise BaseModelError(f"{source}: its VAE shifts latents, which no SD 1.x model does: only SD 1.x is served")
+        raise BaseModelError(f"{source}: its VAE shifts latents, which no SD 1.x or SDXL model does: not served")
 
 
 def _default_clip_skip(source: Path) -> int:
     path = source / OVERRIDES_NAME
     if not path.is_file():
-        return SD1_DEFAULT_CLIP_SKIP
+        return DEFAULT_CLIP_SKIP
     overrides = read_json(path)
     unknown = sorted(overrides.keys() - {"default_clip_skip"})
-    value = overrides.get("default_clip_skip", SD1_DEFAULT_CLIP_SKIP)
+    value = overrides.get("default_clip_skip", DEFAULT_CLIP_SKIP)
     if unknown or not isinstance(value, int) or value < 1:
         raise BaseModelError(f'{path} may hold only {{"default_clip_skip": a number from 1}}, got {overrides}')
     return value

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from core.base_facts import BaseFacts
 from core.base_source import read_json
@@ -31,7 +31,8 @@ class LoadedBase:
         vae: A `diffusers.AutoencoderKL`, fp32 whatever `dtype` is.
         scheduler_config: Of the base's own scheduler; the class name under "_class_name".
         device: Where all parts lie.
-        dtype: Of UNet and text encoder.
+        dtype: Of UNet and text encoders.
+        tokenizer_2, text_encoder_2: SDXL's second pair, whose pooled output the UNet takes too; None for SD 1.x.
     """
 
     facts: BaseFacts
@@ -44,6 +45,8 @@ class LoadedBase:
     scheduler_config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+    tokenizer_2: CLIPTokenizer | None = None
+    text_encoder_2: CLIPTextModelWithProjection | None = None
 
 
 def pick_device() -> torch.device:
@@ -75,13 +78,20 @@ def load_base(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.
         unet = UNet2DConditionModel.from_pretrained(
             folder / "unet", dtype=dtype, local_files_only=True, use_safetensors=True
         )
+        tokenizer_2 = text_encoder_2 = None
+        if prepared.facts.family == "sdxl":
+            tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
+            text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(
+                folder / "text_encoder_2", dtype=dtype, local_files_only=True, use_safetensors=True
+            )
         vae = AutoencoderKL.from_pretrained(
             folder / "vae", dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(f"base model {folder} does not load ({error}): prepare it again") from error
-    for part in (text_encoder, unet, vae):
-        part.requires_grad_(False).eval().to(device)
+    for part in (text_encoder, text_encoder_2, unet, vae):
+        if part is not None:
+            part.requires_grad_(False).eval().to(device)
     base = LoadedBase(
         facts=prepared.facts,
         fingerprint=prepared.fingerprint,
@@ -92,6 +102,8 @@ def load_base(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
         device=device,
         dtype=dtype,
+        tokenizer_2=tokenizer_2,
+        text_encoder_2=text_encoder_2,
     )
     assert_vae_fp32(base)
     logger.info(

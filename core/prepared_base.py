@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from core.base_facts import BaseFacts
 from core.base_source import (
     OVERRIDES_NAME,
     WEIGHT_STEMS,
     check_source,
+    components_of,
+    family_of,
     fetch_source,
     find_weights,
     input_files,
@@ -49,9 +51,14 @@ DEFAULT_CACHE_FOLDER = Path("var/prepared-bases")
 CODE_VERSION = 1
 """Raise it whenever this file writes different bytes for the same source: every prepared base becomes stale."""
 
-DTYPE_POLICY = "unet and text_encoder as in the source, vae float32"
+DTYPE_POLICY = "unet and text encoders as in the source, vae float32"
 LIBRARIES = ("torch", "diffusers", "transformers")
-PARTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+PARTS: dict[str, Any] = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,7 @@ class PreparedBase:
 
 
 def prepare_base(source: Path, destination: Path, *, report: Report = silent) -> PreparedBase:
-    """Convert a diffusers SD 1.x pipeline folder, unless that is done. It appears complete or not at all.
+    """Convert a diffusers SD 1.x or SDXL pipeline folder, unless that is done. It appears complete or not at all.
 
     Args:
         source: The folder, weights in safetensors.
@@ -153,7 +160,7 @@ def ensure_prepared(source: Path, cache_folder: Path, *, report: Report = silent
     """The prepared form of any pipeline folder, prepared into `cache_folder/<fingerprint>` unless it is there.
 
     Args:
-        source: A diffusers SD 1.x folder (its files are hashed each time), or a prepared base, which is opened.
+        source: A diffusers folder (its files are hashed each time), or a prepared base, which is opened.
         cache_folder: Where prepared bases are kept.
         report: Called after each part that is prepared.
 
@@ -200,19 +207,25 @@ def _write_parts(source: Path, folder: Path, report: Report) -> None:
     paths = input_files(source)
     index = read_json(paths["model_index.json"])
     # Safety checkers and the like are not used: null, so that diffusers does not look for them either.
-    parts = {name: entry for name, entry in index.items() if name in (*PARTS, "tokenizer", "scheduler")}
-    absent = {name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")}
-    header = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": version("diffusers")}
-    _write_json(folder / "model_index.json", header | absent | {"requires_safety_checker": False} | parts)
+    kept = (*components_of(family_of(source)), "scheduler")
+    parts = {name: entry for name, entry in index.items() if name in kept}
+    absent: dict[str, Any] = {name: [None, None] for name in ("feature_extractor", "image_encoder")}
+    if index["_class_name"] == "StableDiffusionPipeline":
+        absent |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    elif "force_zeros_for_empty_prompt" in index:
+        absent["force_zeros_for_empty_prompt"] = bool(index["force_zeros_for_empty_prompt"])
+    header = {"_class_name": index["_class_name"], "_diffusers_version": version("diffusers")}
+    _write_json(folder / "model_index.json", header | absent | parts)
     for name, path in paths.items():
-        if name.startswith(("tokenizer/", "scheduler/")) or name == OVERRIDES_NAME:
+        if name.startswith(("tokenizer/", "tokenizer_2/", "scheduler/")) or name == OVERRIDES_NAME:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
-    for step, (name, model_class) in enumerate(PARTS.items(), start=1):
+    models = {name: model_class for name, model_class in PARTS.items() if name in kept}
+    for step, (name, model_class) in enumerate(models.items(), start=1):
         weights = find_weights(source / name, WEIGHT_STEMS[name])
         dtype = torch.float32 if name == "vae" else _stored_dtype(weights)
         _convert(model_class, weights, folder / name, dtype)
-        report(Progress(stage=f"preparing {name}", step=step, total=len(PARTS)))
+        report(Progress(stage=f"preparing {name}", step=step, total=len(models)))
 
 
 def _convert(model_class: Any, weights: Path, destination: Path, dtype: torch.dtype) -> None:
@@ -273,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of this module; `--help` explains it."""
     options = parser(
         "core.prepared_base",
-        "Prepare a base model: checks a Stable Diffusion 1.x pipeline folder, converts it to safetensors with final "
+        "Prepare a base model: checks a Stable Diffusion 1.x or SDXL folder, converts it to safetensors with final "
         "dtypes (VAE in fp32) and writes manifest.json with its facts and a fingerprint of all inputs.",
         example="python -m core.prepared_base demo/tiny-sd-emoji var/bases/demo",
     )

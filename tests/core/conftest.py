@@ -7,7 +7,7 @@ import torch
 
 from core.pipelines import LoadedBase, load_base
 from core.prepared_base import prepare_base
-from tests.tiny_models import make_tiny_pipeline
+from tests.tiny_models import make_tiny_pipeline, make_tiny_sdxl_pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,3 +32,16 @@ def tiny_base_folder(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPa
 def tiny_base(tiny_base_folder: Path) -> LoadedBase:
     """Loaded on the CPU in fp32; tests must not change its weights."""
     return load_base(tiny_base_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL pipeline, prepared."""
+    source = make_tiny_sdxl_pipeline(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+    return prepare_base(source, tmp_path_factory.mktemp("prepared") / "tiny-sdxl").folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_base(tiny_sdxl_base_folder: Path) -> LoadedBase:
+    """Loaded on the CPU in fp32; tests must not change its weights."""
+    return load_base(tiny_sdxl_base_folder)

@@ -7,14 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import core.prepared_base as prepared_base
 from core.errors import BaseModelError
 from core.prepared_base import ensure_prepared, open_prepared, prepare_base
-from tests.tiny_models import BUCKET_STEP_PX, MAX_TOKENS, NATIVE_SIZE_PX, VAE_FACTOR, make_tiny_pipeline
+from tests.tiny_models import (
+    BUCKET_STEP_PX,
+    MAX_TOKENS,
+    NATIVE_SIZE_PX,
+    VAE_FACTOR,
+    make_tiny_pipeline,
+    make_tiny_sdxl_pipeline,
+)
 
 
 @pytest.fixture
@@ -96,10 +103,32 @@ def test_the_fp16_variant_is_taken_where_there_is_no_other(source: Path, tmp_pat
     assert "unet/diffusion_pytorch_model.safetensors" in prepared.files
 
 
+def test_an_sdxl_folder_is_prepared_with_both_its_text_encoders(tmp_path: Path) -> None:
+    source = make_tiny_sdxl_pipeline(tmp_path / "xl", dtype=torch.float16)
+
+    prepared = prepare_base(source, tmp_path / "out")
+
+    assert (prepared.facts.family, prepared.facts.default_clip_skip, prepared.facts.text_layers) == ("sdxl", 2, 3)
+    assert prepared.facts.max_tokens == MAX_TOKENS
+    assert _dtypes(prepared.folder / "text_encoder_2" / "model.safetensors") == {"F16"}
+    assert _dtypes(prepared.folder / "vae" / "diffusion_pytorch_model.safetensors") == {"F32"}
+    pipeline = StableDiffusionXLPipeline.from_pretrained(prepared.folder, local_files_only=True)
+    theirs = load_file(source / "text_encoder_2" / "model.safetensors")
+    assert torch.equal(pipeline.text_encoder_2.text_projection.weight.half(), theirs["text_projection.weight"])
+
+
+def test_an_sdxl_unet_that_takes_no_sizes_is_refused(tmp_path: Path) -> None:
+    source = make_tiny_sdxl_pipeline(tmp_path / "xl")
+    _edit_json(source / "unet" / "config.json", addition_embed_type=None)
+
+    with pytest.raises(BaseModelError, match="instead of sizes"):
+        prepare_base(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "reason"),
     [
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "only StableDiffusionPipeline"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "tokenizer_2 is None"),
         ("model_index.json", {"_class_name": ["pipeline", "MyPipeline"]}, "only StableDiffusionPipeline"),
         ("model_index.json", {"unet": ["my_unet", "MyUNet"]}, "not from diffusers or transformers"),
         ("model_index.json", {"safety_checker": ["evil", "Checker"]}, "not from diffusers or transformers"),
