@@ -13,8 +13,8 @@ from core.infotext import infotext
 
 __all__ = ["CONTENT_TYPES", "ENDINGS", "encode_picture", "infotext", "read_infotext", "save_picture", "save_png"]
 
-CONTENT_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-ENDINGS: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+CONTENT_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+ENDINGS: dict[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 # EXIF 2.3, section 4.6.5: eight bytes name the encoding. WebUI writes big-endian UTF-16 (piexif's "unicode").
 _UNICODE = b"UNICODE\0"

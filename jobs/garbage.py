@@ -76,6 +76,7 @@ def garbage_sweep(*, seconds: float = SWEEP_SECONDS, leftover_seconds: float = L
 def garbage_sweep_whole(*, leftover_seconds: float = LEFTOVER_SECONDS) -> SweepResult:
     """As `garbage_sweep`, over the whole store. Raises what the store raises."""
     result, name = SweepResult(), ""
+    previews_sweep()
     while page := blob_store().names_after(name, PAGE):
         result.adopted += artifacts_adopt(page)
         name = page[-1][0]

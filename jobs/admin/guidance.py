@@ -1,5 +1,7 @@
 """What people bring to generations, and looks at running ones, in the admin."""
 
+from uuid import UUID
+
 from django.contrib import admin
 from django.db.models import QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
@@ -79,7 +81,7 @@ class JobPreviewAdmin(ReadOnlyAdmin):
         view = self.admin_site.admin_view(self.picture_view)
         return [path("<uuid:job_id>/picture/", view, name="jobs_jobpreview_picture"), *super().get_urls()]
 
-    def picture_view(self, request: HttpRequest, job_id: object) -> HttpResponse:
+    def picture_view(self, request: HttpRequest, job_id: UUID) -> HttpResponse:
         """The JPEG, for staff who may see it."""
         preview = JobPreview.objects.filter(job_id=job_id).first()
         if preview is None or not self.has_view_permission(request, preview):

@@ -102,7 +102,8 @@ def run_generations(
                 total, attempt = order.config.steps, _attempt_of(order.folder)
                 result: Any = None
                 try:
-                    order.report(_progress("denoising", steps[order], total, attempt))
+                    look = b"a look" if order.config.preview_every_steps else None
+                    order.report(_progress("denoising", steps[order], total, attempt, preview=look))
                 except Interrupted as error:
                     result = error
                 if result is None and steps[order] == total:
@@ -213,11 +214,11 @@ def _export(config: Any, state: str, work_folder: Path) -> Any:
     )
 
 
-def _progress(stage: str, step: int, total: int, attempt: dict[str, Any]) -> Any:
+def _progress(stage: str, step: int, total: int, attempt: dict[str, Any], *, preview: bytes | None = None) -> Any:
     from core.progress import Progress
 
     # The token travels with the figures, so that the auditor sees in the row who wrote them.
-    return Progress(stage=stage, step=step, total=total, figures={"token": float(attempt["token"])})
+    return Progress(stage=stage, step=step, total=total, figures={"token": float(attempt["token"])}, preview=preview)
 
 
 def _attempt_of(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from django.core.files.base import ContentFile
 
-from tests.chaos import expected, scenarios
+from tests.chaos import expected, look_story, scenarios
 from tests.chaos.cache_story import crowded_cache, crowded_cache_check
 from tests.chaos.scenarios import Scenario, during, generate, lora_is_right, person, picture_is_right, train
 
@@ -126,6 +126,7 @@ def _somebody_waits() -> None:
 
 
 def _upload() -> None:
+    from jobs.input_images import input_images_upload
     from jobs.models import Dataset
     from jobs.uploads import dataset_images_upload
     from tests.factories import picture_bytes, picture_file
@@ -133,13 +134,14 @@ def _upload() -> None:
     dataset, _ = Dataset.objects.get_or_create(owner=person(), name="uploaded")
     files = [picture_file(f"{seed}.png", picture_bytes(seed=seed)) for seed in (1, 2)]
     dataset_images_upload(dataset=dataset, owner=person(), files=files)
+    input_images_upload(owner=person(), files=[picture_file("3.png", picture_bytes(seed=3))])
 
 
 def _upload_check() -> list[str]:
-    from jobs.models import DatasetImage
+    from jobs.models import DatasetImage, InputImage
 
-    count = DatasetImage.objects.filter(dataset__name="uploaded").count()
-    return [] if count == 2 else [f"{count} of 2 uploaded pictures are there"]
+    count = DatasetImage.objects.filter(dataset__name="uploaded").count() + InputImage.objects.count()
+    return [] if count == 3 else [f"{count} of 3 uploaded pictures are there"]
 
 
 def _prepare_base() -> None:
@@ -394,6 +396,7 @@ STORIES = [
     Scenario("crowded cache", crowded_cache, check=crowded_cache_check),
     Scenario("rebuild base folder", _rebuild_base_folder, check=lambda: picture_is_right("one")),
     Scenario("garbage", _garbage, check=_garbage_check),
+    Scenario("looked at", look_story.tell, check=look_story.check),
     Scenario("no hard links", _no_hard_links, check=lambda: picture_is_right("one")),
     Scenario("full for a moment", _full_for_a_moment, check=lambda: picture_is_right("one")),
     Scenario("store away", _store_away, check=lambda: lora_is_right("lora", 24)),
