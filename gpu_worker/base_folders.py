@@ -2,13 +2,22 @@
 
 import os
 import shutil
+import threading
 import uuid
+from collections import OrderedDict
 from pathlib import Path
 
+from core.cache_locks import NameLocks, SharedLocks
+from core.cache_rooms import folder_pin
 from core.errors import BaseModelError
 from core.failpoints import side_effect
 from core.prepared_base import open_prepared
 from gpu_worker.settings import BaseRef, Fetch
+
+HELD_FOLDERS = 8
+"""The cache removes none of the folders that this process used last."""
+_held: OrderedDict[Path, SharedLocks] = OrderedDict()
+_holding = threading.Lock()
 
 
 def base_folder(ref: BaseRef, cache_folder: Path, fetch: Fetch) -> Path:
@@ -18,6 +27,7 @@ def base_folder(ref: BaseRef, cache_folder: Path, fetch: Fetch) -> Path:
         BaseModelError: The rebuilt folder is stale or has another fingerprint than the record says.
     """
     folder = cache_folder / "bases" / ref.fingerprint
+    _hold(folder)
     if not folder.is_dir():
         part = folder.with_name(f".part-{uuid.uuid4().hex}")
         try:
@@ -41,6 +51,18 @@ def base_folder(ref: BaseRef, cache_folder: Path, fetch: Fetch) -> Path:
             f"{ref.fingerprint[:12]} is recorded: prepare it again"
         )
     return folder
+
+
+def _hold(folder: Path) -> None:
+    """Before it is looked for: whoever finds it can read it at leisure."""
+    with _holding:
+        if folder not in _held:
+            pins = NameLocks(folder.parent.parent / "files" / ".pins").shared()
+            pins.add(folder_pin(folder))
+            _held[folder] = pins
+        _held.move_to_end(folder)
+        while len(_held) > HELD_FOLDERS:
+            _held.popitem(last=False)[1].close()
 
 
 def _link(source: Path, target: Path) -> None:

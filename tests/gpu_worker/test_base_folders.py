@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import BaseModelError
+from core.file_cache import FileCache
 from core.prepared_base import open_prepared
+from gpu_worker import base_folders
 from gpu_worker.base_folders import base_folder
 from gpu_worker.settings import BaseRef
 
@@ -66,3 +68,29 @@ def test_files_of_another_base_are_refused(tmp_path: Path, bases: list[BaseRef],
     mixed_up = dataclasses.replace(bases[0], files=bases[1].files)
     with pytest.raises(BaseModelError, match="prepare it again"):
         base_folder(mixed_up, tmp_path, fetch)
+
+
+def test_the_cache_removes_no_folder_that_this_process_uses(
+    tmp_path: Path, stored: tuple[dict[str, Path], list[BaseRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, (one, other) = stored
+
+    def download(sha256: str, destination: Path) -> None:
+        destination.write_bytes(files[sha256].read_bytes())
+
+    def fetch(sha256: str) -> Path:
+        with cache.pins() as pins:
+            return cache.get(sha256, pins=pins)
+
+    size = sum(files[sha256].stat().st_size for sha256 in one.files.values())
+    cache = FileCache(tmp_path / "files", download=download, capacity=size, linked=tmp_path / "bases")
+    folder = base_folder(one, tmp_path, fetch)
+    for sha256 in other.files.values():
+        fetch(sha256)
+    assert open_prepared(folder, verify=True).fingerprint == one.fingerprint
+    monkeypatch.setattr(base_folders, "HELD_FOLDERS", 0)
+    base_folder(one, tmp_path, fetch)  # and lets go of it at once
+    for sha256 in other.files.values():
+        fetch(sha256)
+    assert not folder.exists()
+    assert open_prepared(base_folder(one, tmp_path, fetch), verify=True).fingerprint == one.fingerprint
