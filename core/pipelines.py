@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from core.base_facts import BaseFacts
 from core.base_source import read_json
 from core.errors import BaseModelError
-from core.prepared_base import open_prepared
+from core.mapped_weights import map_model
+from core.prepared_base import PARTS, open_prepared
 from core.quiet_libraries import quiet_libraries
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def pick_device() -> torch.device:
 
 
 def load_base(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LoadedBase:
-    """Load a folder written by `core.prepared_base`.
+    """Load a folder written by `core.prepared_base`; on the CPU weights stay pages of its files.
 
     Args:
         folder: A prepared base.
@@ -70,40 +70,33 @@ def load_base(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.
     prepared = open_prepared(folder)
     device = torch.device(device)
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    names = [name for name in PARTS if (folder / name).is_dir()]
+    tokenizers: dict[str, CLIPTokenizer | None] = {"tokenizer": None, "tokenizer_2": None}
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        text_encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-        unet = UNet2DConditionModel.from_pretrained(
-            folder / "unet", dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-        tokenizer_2 = text_encoder_2 = None
-        if prepared.facts.family == "sdxl":
-            tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
-            text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(
-                folder / "text_encoder_2", dtype=dtype, local_files_only=True, use_safetensors=True
-            )
-        vae = AutoencoderKL.from_pretrained(
-            folder / "vae", dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        for name in tokenizers:
+            if (folder / name).is_dir():
+                tokenizers[name] = CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)
+        models = {
+            name: map_model(PARTS[name], folder / name, dtype=torch.float32 if name == "vae" else dtype, device=device)
+            for name in names
+        }
+    except (BaseModelError, OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(f"base model {folder} does not load ({error}): prepare it again") from error
-    for part in (text_encoder, text_encoder_2, unet, vae):
-        if part is not None:
-            part.requires_grad_(False).eval().to(device)
+    tokenizer = tokenizers["tokenizer"]
+    if tokenizer is None or not {"text_encoder", "unet", "vae"} <= models.keys():
+        raise BaseModelError(f"base model {folder} is incomplete, it holds only {names}: prepare it again")
     base = LoadedBase(
         facts=prepared.facts,
         fingerprint=prepared.fingerprint,
         tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        unet=unet,
-        vae=vae,
+        text_encoder=models["text_encoder"],
+        unet=models["unet"],
+        vae=models["vae"],
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
         device=device,
         dtype=dtype,
-        tokenizer_2=tokenizer_2,
-        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizers["tokenizer_2"],
+        text_encoder_2=models.get("text_encoder_2"),
     )
     assert_vae_fp32(base)
     logger.info(
