@@ -16,9 +16,9 @@ from jobs.company import Company, Join, Start, Together, nobody
 from jobs.connections import connection_refresh
 from jobs.faults import Remedy
 from jobs.heartbeat import Hold
-from jobs.lifecycle import Claim
 from jobs.scheduling import FETCH_SECONDS, PICTURES_PER_BATCH
 from jobs.status import JobKind
+from jobs.taking import Claim
 from jobs.worker_context import WorkerContext, current
 
 logger = logging.getLogger(__name__)

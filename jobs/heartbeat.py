@@ -18,10 +18,10 @@ from django.db import DatabaseError, connection
 from core.errors import Cancelled, Interrupted, Paused
 from core.progress import Progress
 from jobs.leases import lease_seconds, leases_renew
-from jobs.lifecycle import Claim
 from jobs.models import WorkerProcess
 from jobs.previews import Preview, preview_write
 from jobs.status import JobKind
+from jobs.taking import Claim
 from jobs.workers import worker_beat
 
 logger = logging.getLogger(__name__)

@@ -1,27 +1,24 @@
-"""The only writer of job states: guarded updates with a fencing token, an event in the same transaction.
+"""The writer of job states after the claim: guarded updates with a fencing token, an event in the same transaction.
 
 A worker's write names the token that its claim returned; when the row does not match, the attempt is fenced and
-`LeaseLost` is raised. Which job to take is decided in `jobs/claims.py`, what crashed is found by `jobs/recovery.py`.
+`LeaseLost` is raised. Claims are written by `jobs/taking.py`, what crashed is found by `jobs/recovery.py`.
 """
 
 import logging
-import time
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 from django.db import transaction
-from django.db.models import BigIntegerField, CharField, DurationField, F, IntegerField, Q, UUIDField
-from django.db.models.functions import Coalesce, Now
-from django.db.models.sql import InsertQuery, UpdateQuery
+from django.db.models import BigIntegerField, CharField, F, Q, UUIDField
+from django.db.models.functions import Now
+from django.db.models.sql import InsertQuery
 
 from core.failpoints import side_effect
-from jobs.database_clock import after, later_by
+from jobs.database_clock import after
 from jobs.errors import Conflict, InvalidTransition, LeaseLost
-from jobs.leases import lease_seconds
-from jobs.models import Job, JobAttempt, JobEvent, WorkerProcess
-from jobs.prepared_sql import Parameter, Run, Write, insert_of, send, update_of
+from jobs.models import Job, JobAttempt, JobEvent
+from jobs.prepared_sql import Parameter, Run, Write, insert_of, send
 from jobs.status import LEASED, TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState, sources_of
 from jobs.usage import usage_add
 from jobs.wakeup import announce
@@ -32,47 +29,10 @@ MAX_BARREN_LOSSES = 3
 """Losses in a row without checkpoint progress until a job counts as poison."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A job that this worker holds, and the token that proves it.
-
-    `asked_at` (seconds, monotonic) is from before the database gave the lease: a late answer has used up part of it.
-    """
-
-    job: Job
-    token: int
-    asked_at: float
-
-
 def job_created(job: Job) -> None:
     """Record the birth of a job; call in the transaction that inserted it."""
     with side_effect("job.created"):
         JobEvent.objects.create(job=job, at=Now(), old_state="", new_state=JobState.QUEUED, token=0, reason="submitted")
-
-
-def job_take(*, job: Job, worker: WorkerProcess) -> Claim | None:
-    """QUEUED → RUNNING with a new token, or None when somebody else was faster. Must run inside a transaction."""
-    token, asked_at = job.token + 1, time.monotonic()
-    lease = timedelta(seconds=lease_seconds(job.kind))
-    with side_effect("job.take"):
-        taken = _TAKE.write(job_id=job.pk, token=job.token, worker_id=worker.pk, lease=lease)
-    if not taken:
-        return None
-    opened = _OPEN_ATTEMPT.run(
-        job_id=job.pk,
-        token=token,
-        worker_id=worker.pk,
-        worker_name=str(worker),
-        from_step=job.checkpoint_step,
-        memory_rung=job.memory_rung,
-    )
-    with side_effect("attempt.open"):
-        send(opened, _event_of(job.pk, JobState.QUEUED, JobState.RUNNING, token, f"claimed by {worker}"))
-    logger.info("job id=%s claimed token=%s worker=%s", job.pk, token, worker)
-    # As the row is now, without reading it once more.
-    job.state, job.token, job.worker = JobState.RUNNING, token, worker
-    job.attempts_count += 1
-    return Claim(job, token, asked_at)
 
 
 def job_uploading(*, job_id: UUID, token: int) -> None:
@@ -286,33 +246,6 @@ def _event_of(job_id: UUID, old: JobState, new: JobState, token: int, reason: st
 
 _JOB_ID = Parameter("job_id", UUIDField())
 _TOKEN = Parameter("token", BigIntegerField())
-_WORKER_ID = Parameter("worker_id", UUIDField())
-
-
-def _take() -> UpdateQuery:
-    return update_of(
-        Job.objects.claimable().filter(pk=_JOB_ID, token=_TOKEN),
-        state=JobState.RUNNING,
-        token=F("token") + 1,
-        worker=_WORKER_ID,
-        lease_until=later_by(Parameter("lease", DurationField())),
-        attempts_count=F("attempts_count") + 1,
-        started_at=Coalesce("started_at", Now()),
-        yield_requested_at=None,
-        stage="starting",
-    )
-
-
-def _open_attempt() -> InsertQuery:
-    brought: dict[str, Any] = {
-        "job_id": _JOB_ID,
-        "token": _TOKEN,
-        "worker_id": _WORKER_ID,
-        "worker_name": Parameter("worker_name", CharField()),
-        "from_step": Parameter("from_step", IntegerField()),
-        "memory_rung": Parameter("memory_rung", IntegerField()),
-    }
-    return insert_of(JobAttempt(started_at=Now(), **brought))
 
 
 def _event() -> InsertQuery:
@@ -321,4 +254,4 @@ def _event() -> InsertQuery:
     return insert_of(JobEvent(at=Now(), **brought))
 
 
-_TAKE, _OPEN_ATTEMPT, _EVENT = Write(_take), Write(_open_attempt), Write(_event)
+_EVENT = Write(_event)

@@ -17,7 +17,7 @@ from core.cache_locks import SharedLocks
 from core.file_cache import FileCache
 from jobs.connections import connection_refresh
 from jobs.models import Job, WorkerProcess
-from jobs.queue import owners_of, running_now, waiting_candidates
+from jobs.queue import owners_and_running, waiting_candidates
 from jobs.scheduling import FETCH_LOOK_SECONDS, FETCHED_AHEAD_JOBS, Scheduler
 from jobs.status import JobKind
 from jobs.wakeup import announce
@@ -133,9 +133,9 @@ class Prefetcher:
         now, candidates, _ = waiting_candidates(KINDS, warm_bases=self._worker.warm_bases)
         if now is None:
             return
-        owners = owners_of({candidate.owner_id for candidate in candidates}, now)
+        owners, running = owners_and_running({candidate.owner_id for candidate in candidates}, now)
         warm = frozenset(self._worker.warm_bases)
-        scheduler = Scheduler(now=now, owners=owners, running=running_now(), warm_bases=warm)
+        scheduler = Scheduler(now=now, owners=owners, running=running, warm_bases=warm)
         first = [
             candidate.job_id
             for candidate, _ in zip(scheduler.order(candidates), range(FETCHED_AHEAD_JOBS), strict=False)

@@ -6,12 +6,13 @@ What is here knows no table: the statements stand with the code that sends them.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from django.db import DEFAULT_DB_ALIAS, connections
+from django.db import DEFAULT_DB_ALIAS, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.models import Expression, Field, Model, QuerySet
+from django.db.models import Expression, Field, Model, QuerySet, Value
 from django.db.models.sql import InsertQuery, UpdateQuery
 from django.db.models.sql.compiler import SQLCompiler
 
@@ -52,7 +53,9 @@ class _Statement(ABC):
         # The kind of database is the key and no connection: processes fork, threads open connections of their own.
         key = (connection.vendor, *shape)
         if key not in self._compiled:
-            self._compiled[key] = self._compile(connection, shape)
+            # Django compiles row locks inside a transaction only; on PostgreSQL an empty one sends nothing.
+            with transaction.atomic(savepoint=False) if connection.vendor == "postgresql" else nullcontext():
+                self._compiled[key] = self._compile(connection, shape)
         return self._compiled[key]
 
     def run(self, *shape: Hashable, **values: Any) -> "Run":
@@ -116,10 +119,28 @@ class Write(_Statement):
         return int(cursor.rowcount)
 
     def _compile(self, connection: BaseDatabaseWrapper, shape: tuple[Hashable, ...]) -> _Compiled:
-        statement = self._build().get_compiler(using=connection.alias).as_sql()
+        statement = self._build(*shape).get_compiler(using=connection.alias).as_sql()
         # An INSERT comes as a list, here of one.
         sql, params = statement[0] if isinstance(statement, list) else statement
         return _Compiled(sql, tuple(params))
+
+
+class InsertFrom(Write):
+    """An INSERT of a row for each that a query finds.
+
+    Args:
+        build: Makes (model, queryset, {column: expression over the query's rows}); columns that it leaves out get the
+            model's defaults.
+    """
+
+    def _compile(self, connection: BaseDatabaseWrapper, shape: tuple[Hashable, ...]) -> _Compiled:
+        model, rows, given = self._build(*shape)
+        row, quote = model(), connection.ops.quote_name
+        fields = [field for field in model._meta.concrete_fields if field is not model._meta.auto_field]
+        values = [given.get(field.attname, Value(getattr(row, field.attname), output_field=field)) for field in fields]
+        names = ", ".join(quote(field.column) for field in fields)
+        sql, params = rows.values_list(*values).query.get_compiler(using=connection.alias).as_sql()
+        return _Compiled(f"INSERT INTO {quote(model._meta.db_table)} ({names}) {sql}", tuple(params))
 
 
 @dataclass(frozen=True)
@@ -154,6 +175,15 @@ def send(*runs: Run) -> list[Any]:
                 cursor.nextset()
             results.append(statement._result(cursor, compiled, connection))
     return results
+
+
+def send_whole(*runs: Run) -> list[Any]:
+    """`send` as one transaction: all of it or nothing. Several writes take one round trip on PostgreSQL."""
+    connection = connections[DEFAULT_DB_ALIAS]
+    if connection.vendor == "postgresql" and not connection.in_atomic_block and connection.get_autocommit():
+        return send(*runs)  # There a message of several statements is a transaction, and needs no BEGIN and COMMIT.
+    with transaction.atomic():
+        return send(*runs)
 
 
 def parameters(name: str, count: int, output_field: "Field[Any, Any]") -> list[Any]:

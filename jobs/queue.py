@@ -10,7 +10,7 @@ from django.db.models.functions import Now, RowNumber
 
 from jobs.database_clock import after
 from jobs.models import Job, JobAttempt, User, WorkerProcess
-from jobs.prepared_sql import Parameter, Read, listed, parameters, rounded_up
+from jobs.prepared_sql import Parameter, Read, listed, parameters, rounded_up, send
 from jobs.scheduling import AFFINITY_SECONDS, Candidate, Owner, Running, decayed
 from jobs.status import QUEUES, JobKind, JobState, WorkerState
 from jobs.workers import live_workers
@@ -85,26 +85,30 @@ def waiting_candidates(
     return Waiting(now, candidates, bool(expired))
 
 
-def owners_of(owner_ids: Iterable[UUID], now: datetime) -> dict[UUID, Owner]:
-    """What each of these people got, and their weights."""
+def owners_and_running(owner_ids: Iterable[UUID], now: datetime) -> tuple[dict[UUID, Owner], list[Running]]:
+    """What each of these people got, with their weights, and everything that runs; one round trip."""
     wanted = list(owner_ids)
     count = rounded_up(len(wanted))
-    return {
+    rows, running = send(_OWNERS.run(count, **listed("owner", count, wanted)), _RUNNING.run())
+    owners = {
         pk: Owner(
             used_seconds=0.0 if as_of is None else decayed(seconds, as_of, now),
             served_at=as_of,
             weight=max(weight, 0.01),
         )
-        for pk, weight, seconds, as_of in _OWNERS.rows(count, **listed("owner", count, wanted))
+        for pk, weight, seconds, as_of in rows
     }
+    return owners, [_as_running(row) for row in running]
 
 
 def running_now() -> list[Running]:
     """Everything that occupies a worker; results that are being stored do not."""
-    return [
-        Running(owner_id=owner_id, kind=kind, started_at=started_at, estimated_seconds=seconds)
-        for owner_id, kind, started_at, seconds in _RUNNING.rows()
-    ]
+    return [_as_running(row) for row in _RUNNING.rows()]
+
+
+def _as_running(row: list[Any]) -> Running:
+    owner_id, kind, started_at, seconds = row
+    return Running(owner_id=owner_id, kind=kind, started_at=started_at, estimated_seconds=seconds)
 
 
 def free_workers(queue: str, *, besides: WorkerProcess | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Kinds and states of jobs, and the one transition table. `jobs/lifecycle.py` is the only writer of a state."""
+"""Kinds and states of jobs, and the one transition table. Only `jobs/taking.py` and `jobs/lifecycle.py` write one."""
 
 from django.db.models import TextChoices
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from django.core.files.uploadedfile import SimpleUploadedFile
-from django.db import transaction
 from PIL import Image
 from safetensors.numpy import save as save_safetensors
 
@@ -18,7 +17,6 @@ from core.manifest import DatasetManifest, PreparedImage
 from jobs import lifecycle, recovery
 from jobs.artifacts import artifact_put_stream
 from jobs.claims import jobs_claim
-from jobs.lifecycle import Claim
 from jobs.models import (
     BaseModel,
     Dataset,
@@ -35,6 +33,7 @@ from jobs.models import (
 )
 from jobs.status import JobState
 from jobs.submission import generation_submit, preprocess_submit, training_submit
+from jobs.taking import Claim, Wanted, jobs_take
 from jobs.uploads import dataset_images_upload
 from jobs.workers import worker_register
 
@@ -103,9 +102,8 @@ def claim(job: Job) -> int:
 
 def take(job: Job, worker: WorkerProcess) -> Claim | None:
     """This worker takes this very job if it still waits, whosever turn it is."""
-    with transaction.atomic():
-        waiting = Job.objects.claimable().filter(pk=job.pk).first()
-        return waiting and lifecycle.job_take(job=waiting, worker=worker)
+    claims, _ = jobs_take([Wanted(job.pk, job.owner_id, job.kind)], worker=worker, limits={})
+    return next(iter(claims), None)
 
 
 def claim_one(*, kinds: Sequence[str], worker: WorkerProcess) -> Claim | None:

@@ -35,7 +35,7 @@ class JobQuerySet(OwnedQuerySet):
 
 
 class Job(OwnedRecord):
-    """One piece of work. Only `jobs/lifecycle.py` writes `state`, by guarded updates.
+    """One piece of work. Only `jobs/taking.py` and `jobs/lifecycle.py` write `state`, by guarded updates.
 
     `token` is the fencing token: it grows with every claim, and every write of a worker names the token it got.
     """

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from tests.services import postgres
 
 if TYPE_CHECKING:
-    from jobs.lifecycle import Claim
     from jobs.models import WorkerProcess
+    from jobs.taking import Claim
 
 GOAL_P99_MS = 20.0
 PEOPLE = 50

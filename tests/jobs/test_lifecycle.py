@@ -11,6 +11,7 @@ from jobs import leases, lifecycle, recovery
 from jobs.errors import Conflict, LeaseLost
 from jobs.models import Job, JobAttempt, OwnerUsage, User, WorkerProcess
 from jobs.status import TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState
+from jobs.taking import Claim
 from jobs.workers import worker_register
 from tests.factories import claim_one
 from tests.jobs.conftest import MakeJob, expire_lease
@@ -18,13 +19,13 @@ from tests.jobs.conftest import MakeJob, expire_lease
 KINDS = [JobKind.GENERATE]
 
 
-def claim(worker: WorkerProcess) -> lifecycle.Claim:
+def claim(worker: WorkerProcess) -> Claim:
     taken = claim_one(kinds=KINDS, worker=worker)
     assert taken is not None
     return taken
 
 
-def succeed(taken: lifecycle.Claim) -> None:
+def succeed(taken: Claim) -> None:
     lifecycle.job_uploading(job_id=taken.job.pk, token=taken.token)
     with transaction.atomic():
         lifecycle.job_succeed(job_id=taken.job.pk, token=taken.token)
@@ -302,7 +303,7 @@ def test_many_workers_at_once_claim_each_job_exactly_once() -> None:
     for number in range(12):
         job_submit(owner=people[number % 3], kind=JobKind.GENERATE, spec={}, attach=lambda job: None)
     workers = [worker_register(queues=["gpu"], device="cpu") for _ in range(4)]
-    taken: list[lifecycle.Claim] = []
+    taken: list[Claim] = []
     errors: list[BaseException] = []
     start = threading.Barrier(len(workers))
 

@@ -21,10 +21,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from core import failpoints
 from jobs import leases, lifecycle, recovery
 from jobs.errors import Conflict, LeaseLost
-from jobs.lifecycle import Claim
 from jobs.models import GeneratedImage, GenerationRequest, Job, JobEvent, OwnerUsage, User
 from jobs.status import LEASED, TERMINAL, TRANSITIONS, AttemptOutcome, JobKind, JobState
 from jobs.submission import generation_submit, job_submit
+from jobs.taking import Claim
 from jobs.workers import worker_register
 from tests.factories import claim_one, make_base_model
 

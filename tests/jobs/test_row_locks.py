@@ -14,13 +14,14 @@ import pytest
 from django.conf import settings as django_settings
 from django.db import connection, transaction
 
-from jobs import claims, lifecycle
+from jobs import claims
 from jobs.artifacts import artifact_name, artifact_put_stream, artifacts_pin, blob_store
 from jobs.errors import TooBusy
 from jobs.garbage import artifacts_remove
 from jobs.models import Job, User, WorkerProcess
 from jobs.status import JobKind
 from jobs.submission import job_submit
+from jobs.taking import Wanted, jobs_take
 from jobs.usage import usage_lock
 from jobs.workers import worker_register
 from tests.services import postgres
@@ -105,7 +106,7 @@ def test_a_claim_waits_while_another_takes_the_last_place_of_the_same_person(lim
 
     with released_after(claim_too):
         usage_lock(owner.pk)
-        assert lifecycle.job_take(job=first, worker=workers[0]) is not None
+        assert jobs_take([Wanted(first.pk, owner.pk, first.kind)], worker=workers[0], limits={})[0]
     assert others[0].answer is None
 
 
