@@ -1,10 +1,12 @@
 """Puts LoRAs on a model for inference and takes them off again without a trace. Called through `core.lora_utils`."""
 
+import copy
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Conv2d as LoraConv2d
@@ -13,7 +15,7 @@ from peft.tuners.lora import LoraConfig
 from torch import Tensor, nn
 
 from core.errors import LoraFileError
-from core.lora_state import LoraLayer, LoraState, flat_name
+from core.lora_state import LoraLayer, LoraState, ModuleUpdate, flat_name
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,10 @@ class AppliedLoras:
 
 
 def apply_states(
-    unet: nn.Module, loras: Sequence[tuple[LoraState, float]], text_encoder: nn.Module | None = None
+    unet: nn.Module,
+    loras: Sequence[tuple[LoraState, float]],
+    text_encoder: nn.Module | None = None,
+    text_encoder_2: nn.Module | None = None,
 ) -> AppliedLoras:
     """Put LoRAs on a UNet (and a text encoder) together: W + sum of weight * alpha / rank * up @ down.
 
@@ -50,34 +55,43 @@ def apply_states(
         unet: Its modules are wrapped, its weights stay untouched.
         loras: LoRAs with their weights.
         text_encoder: Needed by LoRAs that have text-encoder layers.
+        text_encoder_2: Needed by SDXL LoRAs that have layers of the second one.
 
     Raises:
         LoraFileError: A module or shape does not fit; names the first misfit.
     """
-    plan: list[tuple[nn.Module, str, str, LoraLayer, float]] = []
+    plan: dict[tuple[nn.Module, str], list[tuple[str, ModuleUpdate, float]]] = {}
     for number, (state, weight) in enumerate(loras):
         if weight == 0:
             continue
-        if state.text_encoder and text_encoder is None:
+        if (state.text_encoder and text_encoder is None) or (state.text_encoder_2 and text_encoder_2 is None):
             raise LoraFileError(
                 "this LoRA also changes the text encoder, which was not given here: pass text_encoder, "
                 "or train and export the LoRA for the UNet alone"
             )
-        plan += [(unet, name, f"lora{number}", layer, weight) for name, layer in fit(unet, state.unet).items()]
-        if text_encoder is not None:
-            fitting = fit(text_encoder, state.text_encoder, drop_prefix="text_model_")
-            plan += [(text_encoder, name, f"lora{number}", layer, weight) for name, layer in fitting.items()]
+        fitting = [(unet, name, layer) for name, layer in fit(unet, state.unet).items()]
+        for encoder, layers in ((text_encoder, state.text_encoder), (text_encoder_2, state.text_encoder_2)):
+            if encoder is not None:
+                found = fit(encoder, layers, drop_prefix="text_model_")
+                fitting += [(encoder, name, layer) for name, layer in found.items()]
+        for model, name, layer in fitting:
+            plan.setdefault((model, name), []).append((f"lora{number}", layer, weight))
     applied = AppliedLoras()
     with ExitStack() as undo:  # running out of memory half way must not leave half a LoRA on a shared model
         undo.callback(applied.remove)
-        for model, name, adapter, layer, weight in plan:
-            _attach(applied, model, name, adapter, layer, weight)
+        for (model, name), updates in plan.items():
+            plain = [(adapter, layer, weight) for adapter, layer, weight in updates if _is_plain(layer)]
+            if len(plain) < len(updates):
+                _change_weight(applied, model, name, updates)
+                continue
+            for adapter, layer, weight in plain:
+                _attach(applied, model, name, adapter, cast(LoraLayer, layer), weight)
         undo.pop_all()
     logger.debug("lora applied count=%d modules=%d", len(loras), len(applied.replaced))
     return applied
 
 
-def fit(model: nn.Module, layers: Mapping[str, LoraLayer], *, drop_prefix: str = "") -> dict[str, LoraLayer]:
+def fit(model: nn.Module, layers: Mapping[str, ModuleUpdate], *, drop_prefix: str = "") -> dict[str, ModuleUpdate]:
     """Layers under the model's own dotted names.
 
     Args:
@@ -89,7 +103,7 @@ def fit(model: nn.Module, layers: Mapping[str, LoraLayer], *, drop_prefix: str =
         LoraFileError: The model has no such module, or one of another shape.
     """
     by_flat_name = {flat_name(name).removeprefix(drop_prefix): name for name, _ in model.named_modules()}
-    fitting: dict[str, LoraLayer] = {}
+    fitting: dict[str, ModuleUpdate] = {}
     for key, layer in layers.items():
         name = by_flat_name.get(flat_name(key).removeprefix(drop_prefix))
         module = model.get_submodule(name) if name else None
@@ -98,9 +112,11 @@ def fit(model: nn.Module, layers: Mapping[str, LoraLayer], *, drop_prefix: str =
                 f"LoRA layer {key} has no counterpart in this base model: the LoRA is for another model family"
             )
         weight_shape = tuple(module.weight.shape)  # (out, in[, kh, kw])
-        update_shape = (layer.up.shape[0], *layer.down.shape[1:])
+        update_shape = layer.shape
         # A 1x1 convolution and a linear layer are the same map; both kinds of file exist for proj_in and proj_out.
-        if update_shape != weight_shape and _without_ones(update_shape) != _without_ones(weight_shape):
+        # LyCORIS flattens the kernel of a convolution into the inputs.
+        flattened = (weight_shape[0], math.prod(weight_shape[1:]))
+        if weight_shape != update_shape != flattened and _without_ones(update_shape) != _without_ones(weight_shape):
             raise LoraFileError(
                 f"LoRA layer {key} is made for a weight of shape {update_shape}, this base model's is {weight_shape}: "
                 "the LoRA is for another base model"
@@ -111,6 +127,31 @@ def fit(model: nn.Module, layers: Mapping[str, LoraLayer], *, drop_prefix: str =
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _is_plain(layer: ModuleUpdate) -> bool:
+    return isinstance(layer, LoraLayer) and layer.magnitude is None
+
+
+def _change_weight(
+    applied: AppliedLoras, model: nn.Module, name: str, updates: Sequence[tuple[str, ModuleUpdate, float]]
+) -> None:
+    """Stand a copy of the module with a changed weight in its place: for updates that are no product of two matrices.
+
+    Costs one weight of memory a module; the sum is taken in fp32 and rounded once.
+    """
+    original = model.get_submodule(name)
+    weight = original.get_parameter("weight")
+    changed = weight.detach().float()
+    for _, layer, strength in updates:
+        changed = changed + strength * layer.delta(weight).reshape(weight.shape).to(weight.device)
+    stand_in = copy.copy(original)
+    stand_in._parameters = dict(original._parameters)  # a shallow copy shares the dictionary with the original
+    stand_in.register_parameter("weight", nn.Parameter(changed.to(weight.dtype), requires_grad=False))
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, child, stand_in)
+    applied.replaced.append((parent, child, original))
 
 
 def _attach(applied: AppliedLoras, model: nn.Module, name: str, adapter: str, layer: LoraLayer, weight: float) -> None:

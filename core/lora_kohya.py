@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.errors import LoraFileError
-from core.lora_state import LoraLayer, LoraState, check_layer, flat_name
+from core.lora_state import LoraLayer, LoraState, check_layer, flat_name, plain_layers
 from core.tensor_files import load_tensors, serialize, write_whole
 
 UNET_PREFIX = "lora_unet_"
@@ -37,7 +37,7 @@ def write_kohya(
     """
     tensors: dict[str, Tensor] = {}
     for prefix, layers in ((UNET_PREFIX, state.unet), (TEXT_ENCODER_PREFIXES[0], state.text_encoder)):
-        for module, layer in layers.items():
+        for module, layer in plain_layers(layers).items():
             check_layer(module, layer)
             key = prefix + flat_name(module)
             tensors[f"{key}.{DOWN}"] = layer.down.detach().to("cpu", save_dtype).contiguous()  # (rank, in[, k, k])

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer as PeftLayer
 from torch import Tensor, nn
 
 from core.errors import LoraFileError
-from core.lora_state import LoraLayer, LoraState, flat_name
+from core.lora_state import LoraLayer, LoraState, flat_name, plain_layers
 from core.randomness import generator
 
 ADAPTER = "default"
@@ -55,7 +55,7 @@ class LoraWeights:
         Raises:
             LoraFileError: The layers are those of another LoRA.
         """
-        layers = {flat_name(name): layer for name, layer in state.unet.items()}
+        layers = {flat_name(name): layer for name, layer in plain_layers(state.unet).items()}
         if layers.keys() != {flat_name(name) for name in self.down}:
             raise LoraFileError("these weights are of other modules than the LoRA in training: check the target preset")
         with torch.no_grad():

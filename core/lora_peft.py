@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.errors import LoraFileError
-from core.lora_state import LoraLayer, LoraState, check_layer
+from core.lora_state import LoraLayer, LoraState, check_layer, plain_layers
 from core.tensor_files import load_tensors, serialize, write_whole
 
 CONFIG_NAME = "adapter_config.json"
@@ -41,7 +41,7 @@ def write_peft(
         raise LoraFileError("a PEFT folder describes one model: write the text encoder's layers to another folder")
     rank, alpha = _most_common(state)
     tensors: dict[str, Tensor] = {}
-    for module, layer in state.unet.items():
+    for module, layer in plain_layers(state.unet).items():
         check_layer(module, layer)
         tensors[f"{PREFIX}{module}{DOWN}"] = layer.down.detach().to("cpu", save_dtype).contiguous()
         tensors[f"{PREFIX}{module}{UP}"] = layer.up.detach().to("cpu", save_dtype).contiguous()
@@ -60,8 +60,12 @@ def write_peft(
         "modules_to_save": None,
         "target_modules": sorted(state.unet),
         # PEFT matches these keys as regular expressions at the end of a module's name.
-        "rank_pattern": {_pattern(name): layer.rank for name, layer in state.unet.items() if layer.rank != rank},
-        "alpha_pattern": {_pattern(name): layer.alpha for name, layer in state.unet.items() if layer.alpha != alpha},
+        "rank_pattern": {
+            _pattern(name): layer.rank for name, layer in plain_layers(state.unet).items() if layer.rank != rank
+        },
+        "alpha_pattern": {
+            _pattern(name): layer.alpha for name, layer in plain_layers(state.unet).items() if layer.alpha != alpha
+        },
     }
     write_whole(folder / WEIGHTS_NAME, serialize(tensors, {"format": "pt"}))
     write_whole(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
@@ -116,8 +120,8 @@ def _most_common(state: LoraState) -> tuple[int, float]:
     """Rank and alpha of most modules; the others go into patterns."""
     if not state.unet:
         raise LoraFileError("this LoRA has no layers: nothing to write")
-    ranks = Counter(layer.rank for layer in state.unet.values())
-    alphas = Counter(layer.alpha for layer in state.unet.values())
+    ranks = Counter(layer.rank for layer in plain_layers(state.unet).values())
+    alphas = Counter(layer.alpha for layer in plain_layers(state.unet).values())
     return ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
 
 

@@ -1,5 +1,7 @@
 """A LoRA in memory, whatever file it came from. Used by every reader and writer of LoRA files; does no I/O."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -8,19 +10,38 @@ from torch import Tensor
 from core.errors import LoraFileError
 
 
+class ModuleUpdate(ABC):
+    """What a LoRA file of any kind adds to the weight of one module."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of the update: (out, in) or (out, in, kh, kw)."""
+
+    @abstractmethod
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """The full update in fp32, of `shape`.
+
+        Args:
+            weight: The module's own weight; needed by DoRA alone.
+        """
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LoraLayer:
-    """The update of one module: delta W = (alpha / rank) * up @ down.
+class LoraLayer(ModuleUpdate):
+    """The update of one module: delta W = (alpha / rank) * up @ down, and with DoRA a new length of the weight's rows.
 
     Attributes:
         down: (rank, in) for a linear layer, (rank, in, kh, kw) for a convolution. PEFT calls it lora_A.
         up: (out, rank), or (out, rank, 1, 1). PEFT calls it lora_B.
         alpha: Scale times rank.
+        magnitude: DoRA's length of each row (`out` numbers) or, in old LyCORIS files, of each column ((1, in[, 1, 1])).
     """
 
     down: Tensor
     up: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -32,11 +53,17 @@ class LoraLayer:
         """What the product of the two matrices is multiplied by."""
         return self.alpha / self.rank
 
-    def delta(self) -> Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the update."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
         """The full update in fp32: (out, in) or (out, in, kh, kw)."""
         down = self.down.float().flatten(1)  # (rank, in * kh * kw)
         up = self.up.float().flatten(1)  # (out, rank)
-        return (self.scale * (up @ down)).reshape(up.shape[0], *self.down.shape[1:])
+        product = (self.scale * (up @ down)).reshape(self.shape)
+        return product if self.magnitude is None else dora_delta(product, self.magnitude, weight)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,12 +74,63 @@ class LoraState:
         unet: By module name. Dotted ("mid_block.attentions.0.proj_in") where the source says so, with underscores where
             it does not (kohya files); `flat_name` makes both equal.
         text_encoder: The same for the text encoder; empty for most of ours.
+        text_encoder_2: The same for SDXL's second one.
         metadata: Header strings of the file it came from.
+        notes: Sentences for people about what the file left open.
     """
 
-    unet: dict[str, LoraLayer]
-    text_encoder: dict[str, LoraLayer] = field(default_factory=dict)
+    unet: Mapping[str, ModuleUpdate]
+    text_encoder: Mapping[str, ModuleUpdate] = field(default_factory=dict)
+    text_encoder_2: Mapping[str, ModuleUpdate] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def components(self) -> dict[str, Mapping[str, ModuleUpdate]]:
+        """The layers by model, as diffusers names the models."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+
+
+def plain_layers(layers: Mapping[str, ModuleUpdate]) -> dict[str, LoraLayer]:
+    """Layers that are a product of two matrices, for those who need exactly that.
+
+    Raises:
+        LoraFileError: Names the first one that is of another kind.
+    """
+    plain: dict[str, LoraLayer] = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, LoraLayer):
+            raise LoraFileError(
+                f"{name} is a {type(layer).__name__}, not a product of two matrices: it cannot be used so"
+            )
+        plain[name] = layer
+    return plain
+
+
+def dora_delta(product: Tensor, magnitude: Tensor, weight: Tensor | None) -> Tensor:
+    """magnitude * (W + product) / |W + product| - W, fp32. DoRA: https://arxiv.org/abs/2402.09353.
+
+    Args:
+        product: The scaled update before DoRA, shaped as the weight.
+        magnitude: `out` numbers, or (1, in[, 1, 1]) where the file measures columns.
+        weight: The module's own weight.
+
+    Raises:
+        LoraFileError: The weight is missing.
+    """
+    if weight is None:
+        raise LoraFileError("a DoRA layer rescales the base model's weight: it has no update without that weight")
+    base = weight.detach().float().reshape(product.shape)
+    moved = base + product.to(base.device)
+    lengths = magnitude.float().to(base.device)
+    # PEFT writes a convolution's rows as (1, out, 1, 1), LyCORIS its columns as (1, in, 1, 1): the count decides, and
+    # rows where both are equal, but for the matrix (1, in), which nobody writes for rows.
+    is_columns = (lengths.dim() == 2 and lengths.shape[0] == 1) or lengths.numel() != base.shape[0]
+    kept = 1 if is_columns else 0  # the dimension that lengths run along
+    shape = [1] * base.dim()
+    shape[kept] = base.shape[kept]
+    others = [number for number in range(base.dim()) if number != kept]
+    norm = moved.square().sum(dim=others, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return lengths.reshape(shape) * moved / norm - base
 
 
 def flat_name(module: str) -> str:

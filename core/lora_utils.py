@@ -16,7 +16,7 @@ from core.errors import LoraFileError
 from core.lora_apply import AppliedLoras, apply_states
 from core.lora_kohya import read_kohya, sshs_model_hash, write_kohya
 from core.lora_peft import read_peft, write_peft
-from core.lora_state import LoraLayer, LoraState, flat_name
+from core.lora_state import LoraLayer, LoraState, flat_name, plain_layers
 
 __all__ = [
     "AppliedLoras",
@@ -47,7 +47,11 @@ def read_lora(path: Path) -> LoraState:
 
 
 def apply_lora(
-    unet: nn.Module, loras: Sequence[tuple[LoraState | Path, float]], *, text_encoder: nn.Module | None = None
+    unet: nn.Module,
+    loras: Sequence[tuple[LoraState | Path, float]],
+    *,
+    text_encoder: nn.Module | None = None,
+    text_encoder_2: nn.Module | None = None,
 ) -> AppliedLoras:
     """Put LoRAs on a UNet with their weights, several together if given.
 
@@ -55,6 +59,7 @@ def apply_lora(
         unet: Gets the layers; its own weights stay untouched.
         loras: Files, folders or states, each with its multiplier on top of alpha / rank.
         text_encoder: Needed when a LoRA has text-encoder layers.
+        text_encoder_2: Needed when an SDXL LoRA has layers of the second one.
 
     Returns:
         A handle (also a context manager) whose `remove()` restores the model bit for bit.
@@ -63,7 +68,7 @@ def apply_lora(
         LoraFileError: A file is damaged, or its first misfitting layer by name.
     """
     states = [(read_lora(lora) if isinstance(lora, Path) else lora, weight) for lora, weight in loras]
-    return apply_states(unet, states, text_encoder)
+    return apply_states(unet, states, text_encoder, text_encoder_2)
 
 
 def export_lora(
@@ -126,7 +131,7 @@ def verify_files_agree(
     """
     expected = {
         flat_name(name): replace(layer, down=layer.down.to(save_dtype), up=layer.up.to(save_dtype)).delta()
-        for name, layer in trained.unet.items()
+        for name, layer in plain_layers(trained.unet).items()
     }
     worst = 0.0
     for label, state in ((kohya_file.name, read_kohya(kohya_file)), (peft_folder.name, read_peft(peft_folder))):
@@ -144,3 +149,9 @@ def verify_files_agree(
                 )
             worst = max(worst, difference)
     return worst
+
+
+if __name__ == "__main__":
+    from core.lora_cli import main  # it imports this module
+
+    main()
