@@ -181,3 +181,29 @@ def _dotted(key: str) -> LoraKey:
     if not module:
         raise LoraFileError(f"tensor {key} names no module")
     return LoraKey(naming, component, flat_module(component, module), part)
+
+
+# Names inside diffusers' and transformers' models that hold an underscore of their own.
+COMPOUNDS = sorted(
+    (
+        *("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "time_embedding", "add_embedding"),
+        *("time_emb_proj", "conv_shortcut", "conv_norm_out", "conv_in", "conv_out", "proj_in", "proj_out"),
+        *("to_q", "to_k", "to_v", "to_out", "linear_1", "linear_2", "text_model", "self_attn", "q_proj", "k_proj"),
+        *("v_proj", "out_proj", "token_embedding", "position_embedding", "final_layer_norm", "layer_norm1"),
+        *("layer_norm2", "text_projection"),
+    ),
+    key=len,
+    reverse=True,
+)
+
+
+def dotted_module(module: str) -> str:
+    """A flat module name of a diffusers model with its dots ("mid_block_attentions_0_proj_in": 3 of them)."""
+    if "." in module:
+        return module
+    words, rest = [], sgm_to_diffusers(module)
+    while rest:
+        word = next((word for word in COMPOUNDS if rest == word or rest.startswith(word + "_")), rest.partition("_")[0])
+        words.append(word)
+        rest = rest[len(word) + 1 :]
+    return ".".join(words)

@@ -119,13 +119,14 @@ def _lora(label: str, shapes: dict[str, Shape]) -> tuple[int, Shape]:
 
 def _loha(label: str, shapes: dict[str, Shape]) -> tuple[int, Shape]:
     """delta = (w1_a @ w1_b) * (w2_a @ w2_b), each with a core (rank, rank, k, k) between them or none."""
-    deltas, ranks = set(), set()
+    deltas, ranks = set[Shape](), set[int]()
     for number in (1, 2):
         a, b, core = shapes[f"hada_w{number}_a"], shapes[f"hada_w{number}_b"], shapes.get(f"hada_t{number}")
         if len(a) != 2 or len(b) != 2:
             raise LoraFileError(f"{label}: hada_w{number}_a {list(a)} and _b {list(b)} must be matrices")
         if core is None:
-            rank, same, delta = b[0], a[1] == b[0], (a[0], b[1])
+            rank, same = b[0], a[1] == b[0]
+            delta: Shape = (a[0], b[1])
         else:  # w_a is (rank, out), w_b is (rank, in)
             rank = a[0]
             same, delta = len(core) == 4 and core[:2] == (rank, rank) and b[0] == rank, (a[1], b[1], *core[2:])
