@@ -1,12 +1,26 @@
 """Reads of the waiting line: what a claim may choose from, who used how much, who runs what, how much waits."""
 
 from collections.abc import Collection, Iterable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from django.db.models import Case, CharField, Count, Exists, F, JSONField, Q, QuerySet, UUIDField, Value, When, Window
-from django.db.models.functions import Now, RowNumber
+from django.db.models import (
+    Case,
+    CharField,
+    Count,
+    Exists,
+    F,
+    JSONField,
+    Q,
+    QuerySet,
+    TextField,
+    UUIDField,
+    Value,
+    When,
+    Window,
+)
+from django.db.models.functions import Cast, Now, RowNumber
 
 from jobs.database_clock import after
 from jobs.models import Job, JobAttempt, User, WorkerProcess
@@ -82,7 +96,7 @@ def waiting_candidates(
         for seconds, pictures, loras in [rest[:3]]
     ]
     now, expired = found[0][-2:]
-    return Waiting(now, candidates, bool(expired))
+    return Waiting(datetime.fromisoformat(now).replace(tzinfo=UTC), candidates, bool(expired))
 
 
 def owners_and_running(owner_ids: Iterable[UUID], now: datetime) -> tuple[dict[UUID, Owner], list[Running]]:
@@ -147,7 +161,8 @@ def _waiting(
     best = rows.annotate(
         place=place,
         kept=first_lost,
-        now=Now(),
+        # As text: what is the same in every row is made a date once.
+        now=Cast(Now(), TextField()),
         expired=Exists(Job.objects.lease_expired().filter(kind__in=kinds)),
         pictures=F("spec__count") if keyed else Value(1),
         loras=F("spec__loras") if with_loras else Value(None, output_field=JSONField()),
