@@ -35,7 +35,7 @@ def check_size(base: LoadedBase, width: int, height: int) -> None:
 def encode_texts(base: LoadedBase, config: GenerateConfig) -> TextCondition:
     """The prompts of a request: (2, tokens, dim) with the negative one first; (1, tokens, dim) for guidance 1."""
     prompts = [config.negative_prompt, config.prompt] if config.guidance > 1 else [config.prompt]
-    return encode_prompts(base, prompts, config.clip_skip)
+    return encode_prompts(base, prompts, config.clip_skip, negatives=len(prompts) - 1)
 
 
 def begin_track(

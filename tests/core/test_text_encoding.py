@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from core.errors import ConfigError
 from core.pipelines import LoadedBase
@@ -147,3 +147,49 @@ def test_sd1_is_told_nothing_besides_the_text(tiny_base: LoadedBase) -> None:
 def test_no_prompt_at_all_is_refused(tiny_base: LoadedBase) -> None:
     with pytest.raises(ConfigError, match="no prompt"):
         encode_prompts(tiny_base, [], None)
+
+
+def test_sdxl_embeddings_and_pooled_are_those_of_diffusers(
+    tiny_sdxl_base: LoadedBase, tiny_sdxl_base_folder: Path
+) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_base_folder, local_files_only=True)
+    theirs, their_negative, their_pooled, their_negative_pooled = pipeline.encode_prompt(
+        "a red apple", device="cpu", negative_prompt="a cat"
+    )
+
+    ours = encode_prompts(tiny_sdxl_base, ["a cat", "a red apple"], None, negatives=1)
+
+    assert ours.pooled is not None
+    assert torch.allclose(ours.embeddings, torch.cat([their_negative, theirs]), atol=1e-5)
+    assert torch.allclose(ours.pooled, torch.cat([their_negative_pooled, their_pooled]), atol=1e-5)
+
+
+def test_an_empty_negative_prompt_of_sdxl_is_zero_and_an_empty_prompt_is_not(tiny_sdxl_base: LoadedBase) -> None:
+    both = encode_prompts(tiny_sdxl_base, ["", ""], None, negatives=1)
+
+    assert both.pooled is not None
+    assert both.embeddings[0].abs().max() == both.pooled[0].abs().max() == 0
+    assert both.embeddings[1].abs().max() > 0
+    assert both.pooled[1].abs().max() > 0
+
+
+def test_sdxl_is_told_its_pooled_text_and_sizes_height_first(tiny_sdxl_base: LoadedBase) -> None:
+    text = encode_prompts(tiny_sdxl_base, ["a cat", "a house"], None)
+
+    added = added_conditions(tiny_sdxl_base, text.pooled, width=640, height=384)
+
+    assert added["text_embeds"] is text.pooled
+    assert added["time_ids"].tolist() == [[384, 640, 0, 0, 384, 640]] * 2
+
+
+def test_a_long_weighted_prompt_of_sdxl_takes_chunks_of_both_encoders(tiny_sdxl_base: LoadedBase) -> None:
+    limit = tiny_sdxl_base.facts.max_tokens
+    plain = encode_prompts(tiny_sdxl_base, ["a red cat BREAK a house"], None)
+    weighted = encode_prompts(tiny_sdxl_base, ["a (red:1.4) cat BREAK a house"], None)
+
+    assert plain.embeddings.shape[1] == 2 * limit
+    assert not torch.allclose(plain.embeddings[:, :limit], weighted.embeddings[:, :limit], atol=1e-3)
+    assert torch.equal(plain.embeddings[:, limit:], weighted.embeddings[:, limit:])
+    assert plain.pooled is not None
+    assert weighted.pooled is not None
+    assert torch.equal(plain.pooled, weighted.pooled)
