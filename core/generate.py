@@ -87,7 +87,8 @@ def generate_together(
         LoraFileError: A LoRA does not fit the base.
     """
     outcomes: dict[Request, Outcome] = {}
-    with apply_lora(base.unet, list(loras), text_encoder=base.text_encoder):
+    encoders = {"text_encoder": base.text_encoder, "text_encoder_2": base.text_encoder_2}
+    with apply_lora(base.unet, list(loras), **encoders):
         generate_as_they_come(base, requests, outcomes.__setitem__, memory=memory)
     return [outcomes[request] for request in requests]
 

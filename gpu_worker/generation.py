@@ -120,7 +120,8 @@ class _Run:
             uses = first.config.loras
             try:
                 files = [(first.fetch(use.sha256), use.weight) for use in uses]
-                applied = apply_lora(self._base.unet, files, text_encoder=self._base.text_encoder)
+                encoders = {"text_encoder": self._base.text_encoder, "text_encoder_2": self._base.text_encoder_2}
+                applied = apply_lora(self._base.unet, files, **encoders)
             except Exception as error:  # noqa: BLE001 - becomes the end of this order
                 self._waiting.popleft()
                 self._on_done(first, error)
