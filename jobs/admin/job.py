@@ -58,7 +58,7 @@ class JobAdmin(ReadOnlyAdmin):
         "figures_line",
         "error",
         "result",
-        "preview",
+        "look",
         "waiting",
         "estimate",
         "took",
@@ -69,7 +69,7 @@ class JobAdmin(ReadOnlyAdmin):
         "shown_traceback",
     ]
     fieldsets = [
-        (None, {"fields": ["kind", "owner", "state_shown", "progress", "figures_line", "preview", "error", "result"]}),
+        (None, {"fields": ["kind", "owner", "state_shown", "progress", "figures_line", "look", "error", "result"]}),
         (
             "Times",
             {
@@ -175,7 +175,7 @@ class JobAdmin(ReadOnlyAdmin):
         return record_link(_result(job))
 
     @display(description="Preview")
-    def preview(self, job: Job) -> str | SafeString:
+    def look(self, job: Job) -> str | SafeString:
         """What its first picture looks like now."""
         return preview_picture(job)
 

@@ -13,6 +13,7 @@ from tests.factories import (
     make_dataset,
     make_dataset_version,
     make_generation,
+    make_input_image,
     make_job,
     make_lora,
     make_training,
@@ -124,3 +125,13 @@ def test_more_hashes_than_one_query_takes(owner: User) -> None:
     kept = set(dataset.images.values_list("sha256", flat=True))
     others = {f"{number:064x}" for number in range(1700)}
     assert referenced(kept | others) == kept
+
+
+def test_pictures_to_begin_from_are_kept_by_their_rows_and_by_requests_that_will_read_them(owner: User) -> None:
+    picture, job = make_input_image(owner), make_job(owner)
+    assert referenced([picture.sha256]) == {picture.sha256}
+    Job.objects.filter(pk=job.pk).update(spec={"init_image": picture.sha256})
+    picture.delete()
+    assert referenced([picture.sha256]) == {picture.sha256}
+    Job.objects.filter(pk=job.pk).update(spec={})
+    assert referenced([picture.sha256]) == set()

@@ -7,12 +7,13 @@ from django.core.cache import cache
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from core.config import GenerateConfig, TrainConfig
+from core.config import GenerateConfig, HiresConfig, TrainConfig
 from jobs.estimates import (
     LATELY_JOBS,
     SECONDS_PER_UNIT,
     estimated_seconds,
     generation_units,
+    pixel_steps,
     preprocess_units,
     training_units,
 )
@@ -115,3 +116,13 @@ def test_the_estimate_is_written_to_the_job(owner: User) -> None:
     job = generation_submit(owner=owner, base_model=make_base_model(), loras=[], values=values)
     job.refresh_from_db()
     assert job.estimated_seconds == pytest.approx(64 * 64 * 10 * 5 * 2 / 1e6 * SECONDS_PER_UNIT[JobKind.GENERATE])
+
+
+def test_a_second_pass_counts_by_its_pixels_and_steps_and_a_beginning_picture_saves_some() -> None:
+    plain = GenerateConfig(prompt="x", width=512, height=512, steps=20)
+    hires = plain.model_copy(update={"hires": HiresConfig(scale=2, steps=10, denoising_strength=0.5)})
+    begun = plain.model_copy(update={"init_image": "0" * 64, "denoising_strength": 0.25})
+
+    assert pixel_steps(plain) == 512 * 512 * 20
+    assert pixel_steps(hires) == 512 * 512 * (20 + 5 * 4)
+    assert pixel_steps(begun) == 512 * 512 * 5

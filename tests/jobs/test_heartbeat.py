@@ -9,7 +9,7 @@ from core.errors import Cancelled, Paused
 from core.progress import Progress
 from jobs import lifecycle
 from jobs.heartbeat import Fenced, Heartbeat, Hold, Preempted
-from jobs.models import Job, WorkerProcess
+from jobs.models import Job, JobPreview, WorkerProcess
 from jobs.status import JobKind
 from tests.factories import claim_one
 from tests.jobs.conftest import MakeJob, expire_lease
@@ -112,3 +112,18 @@ def test_a_job_that_this_process_lost_and_claimed_anew_is_two_holds_of_which_the
         first.check()
     heartbeat.beat()
     second.check()
+
+
+def test_a_beat_shows_the_newest_preview_and_none_of_a_lost_lease(held: tuple[Heartbeat, Hold]) -> None:
+    heartbeat, hold = held
+    heartbeat.beat()
+    assert (JobPreview.objects.count(), hold.has_preview) == (0, False)
+    for step in (1, 2):
+        hold.report(Progress(stage="denoising", step=step, total=9, preview=b"look %d" % step))
+    heartbeat.beat()
+    preview = JobPreview.objects.get(job=hold.job)
+    assert (preview.step, bytes(preview.jpeg), preview.token, hold.has_preview) == (2, b"look 2", hold.token, True)
+    hold.report(Progress(stage="denoising", step=3, total=9, preview=b"too late"))
+    Job.objects.filter(pk=hold.job.pk).update(token=hold.token + 1)
+    heartbeat.beat()
+    assert JobPreview.objects.get(job=hold.job).step == 2

@@ -3,7 +3,7 @@
 import pytest
 
 from jobs.errors import Conflict
-from jobs.models import GenerationRequest, Job, TrainingRun
+from jobs.models import GenerationRequest, InputImage, Job, TrainingRun
 from jobs.retry import job_retry
 from jobs.status import JobKind, JobState
 from tests.jobs.admin.conftest import Site, make_job, site
@@ -50,3 +50,15 @@ def test_work_whose_dataset_was_deleted_is_refused_with_the_reason(site: Site) -
     orphan = make_job(site.creator, JobKind.PREPROCESS, JobState.CANCELLED, site.version.job.spec)
     with pytest.raises(Conflict, match="its dataset was deleted"):
         job_retry(orphan)
+
+
+def test_a_generation_begins_from_the_same_picture_in_the_same_format(site: Site) -> None:
+    picture = InputImage.objects.get(owner=site.creator)
+    changes = {"init_image": picture.sha256, "denoising_strength": 0.4, "image_format": "webp"}
+    Job.objects.filter(pk=site.request.job_id).update(spec={**site.request.job.spec, "loras": [], **changes})
+    site.request.lora_uses.all().delete()
+
+    again = job_retry(ended(site.request.job, JobState.FAILED))
+
+    assert {name: again.spec[name] for name in changes} == changes
+    assert again.spec_version == 2

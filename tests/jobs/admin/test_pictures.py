@@ -9,7 +9,9 @@ from django.test import Client
 from django.urls import reverse
 from PIL import Image
 
-from jobs.artifacts import artifact_name
+from core.image_files import encode_picture
+from jobs.artifacts import artifact_name, artifact_put_stream
+from jobs.models import GeneratedImage
 from tests.jobs.admin.conftest import Site
 
 
@@ -71,3 +73,26 @@ def test_a_loss_curve_of_any_length_is_drawn_or_says_why_not(losses: list[float]
         points = drawn.split('points="')[1].split('"')[0].split()
         assert 2 <= len(points) <= MAX_POINTS
         assert "nan" not in drawn
+
+
+def test_pictures_of_other_formats_are_shown_as_what_they_are(site: Site, operator_client: Client) -> None:
+    sha256, _ = artifact_put_stream(BytesIO(encode_picture(Image.new("RGB", (400, 300)), "x", image_format="webp")))
+    GeneratedImage.objects.filter(pk=site.image.pk).update(sha256=sha256, image_format="webp")
+
+    whole, small = (
+        operator_client.get(reverse(f"admin:jobs_generatedimage_{size}", args=[site.image.pk]))
+        for size in ("picture", "thumbnail")
+    )
+
+    assert (whole.headers["Content-Type"], small.headers["Content-Type"]) == ("image/webp", "image/png")
+    assert Image.open(BytesIO(small.content)).size == (192, 144)
+
+
+def test_a_running_jobs_page_shows_its_preview_to_staff_alone(site: Site, operator_client: Client) -> None:
+    job, url = site.training.job, reverse("admin:jobs_jobpreview_picture", args=[site.training.job.pk])
+
+    assert url in operator_client.get(reverse("admin:jobs_job_change", args=[job.pk])).content.decode()
+    shown = operator_client.get(url)
+    assert (shown.content, shown.headers["Content-Type"]) == (b"a look", "image/jpeg")
+    operator_client.force_login(site.creator)
+    assert operator_client.get(url).status_code == 302
