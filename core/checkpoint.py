@@ -20,7 +20,8 @@ from core.durable_folder import sync_folder
 from core.errors import CheckpointMismatch, CoreError
 from core.failpoints import side_effect
 from core.file_hash import hash_file
-from core.lora_kohya import read_kohya, write_kohya
+from core.lora_file import read_lora_file
+from core.lora_kohya import write_kohya
 from core.lora_state import LoraState
 from core.tensor_files import load_tensors, serialize, write_whole
 
@@ -155,7 +156,7 @@ def newest_valid(folder: Path, expect: RunIdentity) -> Checkpoint | None:
             optimizer = load_tensors(path / OPTIMIZER_NAME)[1]
             return Checkpoint(
                 step=int(state["step"]),
-                lora=read_kohya(path / LORA_NAME),
+                lora=read_lora_file(path / LORA_NAME),
                 optimizer=optimizer,
                 scaler=state["scaler"],
                 losses=[float(loss) for loss in state["losses"]],

@@ -1,4 +1,4 @@
-"""The kohya / WebUI LoRA file (SD 1.x names): written and read here, hashes included.
+"""The kohya / WebUI LoRA file of SD 1.x and SDXL: written here, hashes included. Reading is `core.lora_file`'s.
 
 Called by `core.lora_utils` and `core.checkpoint`. Names, scaling and hashes follow kohya-ss/sd-scripts.
 """
@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from core.errors import LoraFileError
-from core.lora_state import LoraLayer, LoraState, check_layer, flat_name, plain_layers
-from core.tensor_files import load_tensors, serialize, write_whole
+from core.lora_names import kohya_module
+from core.lora_state import LoraState, check_layer, plain_layers
+from core.tensor_files import serialize, write_whole
 
-UNET_PREFIX = "lora_unet_"
-# The first is kohya's own for SD 1.x; diffusers' exporter writes the second.
-TEXT_ENCODER_PREFIXES = ("lora_te_", "lora_te1_")
-DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+DOWN, UP, ALPHA, MAGNITUDE = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
 
 
 def write_kohya(
-    path: Path, state: LoraState, metadata: dict[str, str], *, save_dtype: torch.dtype = torch.float32
+    path: Path,
+    state: LoraState,
+    metadata: dict[str, str],
+    *,
+    save_dtype: torch.dtype = torch.float32,
+    family: str | None = None,
 ) -> None:
     """Write one file that kohya, WebUI, ComfyUI and diffusers read with the same strength.
 
@@ -31,51 +34,37 @@ def write_kohya(
         state: What to write.
         metadata: Header strings; `sshs_model_hash` and `sshs_legacy_hash` are added.
         save_dtype: Of the matrices: fp32 keeps the trained values, fp16 halves the file. Alpha stays fp32.
+        family: "sd1" or "sdxl", which decides the names; None: as `family_of` finds it.
 
     Raises:
-        LoraFileError: A layer has NaN or infinite values or impossible shapes.
+        LoraFileError: A layer has NaN or infinite values or impossible shapes, or is no product of two matrices.
     """
+    family = family or family_of(state, metadata)
     tensors: dict[str, Tensor] = {}
-    for prefix, layers in ((UNET_PREFIX, state.unet), (TEXT_ENCODER_PREFIXES[0], state.text_encoder)):
+    for component, layers in state.components().items():
         for module, layer in plain_layers(layers).items():
             check_layer(module, layer)
-            key = prefix + flat_name(module)
+            key = kohya_module(component, module, family)
+            if f"{key}.{ALPHA}" in tensors:
+                raise LoraFileError(f"two layers of this LoRA are called {key} in a kohya file ({module})")
             tensors[f"{key}.{DOWN}"] = layer.down.detach().to("cpu", save_dtype).contiguous()  # (rank, in[, k, k])
             tensors[f"{key}.{UP}"] = layer.up.detach().to("cpu", save_dtype).contiguous()  # (out, rank[, 1, 1])
             tensors[f"{key}.{ALPHA}"] = torch.tensor(layer.alpha, dtype=torch.float32)  # ()
-    write_whole(path, serialize(tensors, metadata | _kohya_hashes(tensors, metadata)))
+            if layer.magnitude is not None:
+                tensors[f"{key}.{MAGNITUDE}"] = layer.written_magnitude(save_dtype)  # (out, 1[, 1, 1])
+    write_whole(path, serialize(tensors, metadata | kohya_hashes(tensors, metadata)))
 
 
-def read_kohya(path: Path) -> LoraState:
-    """Read a kohya / WebUI file; module names come out with underscores.
-
-    A missing `.alpha` means scale 1, as every reader has it.
-
-    Raises:
-        LoraFileError: The file is damaged, unsafe, or holds another kind of adapter (LyCORIS, DoRA, SDXL).
-    """
-    header, tensors = load_tensors(path)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        module, _, kind = key.partition(".")
-        if kind not in (DOWN, UP, ALPHA):
-            raise LoraFileError(
-                f"{path.name}: tensor {key} is not part of a plain LoRA (lora_down, lora_up, alpha): "
-                "LyCORIS, DoRA and lora_mid files are not supported"
-            )
-        modules.setdefault(module, {})[kind] = tensor
-    unet: dict[str, LoraLayer] = {}
-    text_encoder: dict[str, LoraLayer] = {}
-    for module, parts in sorted(modules.items()):
-        layer = _layer(path.name, module, parts)
-        te_prefix = next((prefix for prefix in TEXT_ENCODER_PREFIXES if module.startswith(prefix)), None)
-        if module.startswith(UNET_PREFIX):
-            unet[module.removeprefix(UNET_PREFIX)] = layer
-        elif te_prefix:
-            text_encoder[module.removeprefix(te_prefix)] = layer
-        else:
-            raise LoraFileError(f"{path.name}: module {module} is not of an SD 1.x UNet or text encoder")
-    return LoraState(unet=unet, text_encoder=text_encoder, metadata=header.metadata)
+def family_of(state: LoraState, metadata: dict[str, str] | None = None) -> str:
+    """ "sdxl" or "sd1": by the header's `ss_base_model_version`, by layers that SDXL alone has, by the text's width."""
+    told = ((metadata or {}).get("ss_base_model_version") or state.metadata.get("ss_base_model_version", "")).lower()
+    if told.startswith("sdxl"):
+        return "sdxl"
+    names = {module.replace(".", "_") for module in state.unet}
+    # SD 1.x has one transformer block a place, and no conditions beside text and time.
+    only_sdxl = any("transformer_blocks_1_" in name or name.startswith("add_embedding") for name in names)
+    widths = {layer.shape[1] for name, layer in state.unet.items() if name.endswith(("attn2.to_k", "attn2_to_k"))}
+    return "sdxl" if not told and (state.text_encoder_2 or only_sdxl or widths == {2048}) else "sd1"
 
 
 def sshs_model_hash(path: Path) -> str:
@@ -91,20 +80,7 @@ def sshs_model_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _layer(label: str, module: str, parts: dict[str, Tensor]) -> LoraLayer:
-    missing = [kind for kind in (DOWN, UP) if kind not in parts]
-    if missing:
-        raise LoraFileError(f"{label}: module {module} has no {missing[0]}: the file is incomplete, export it again")
-    alpha = parts.get(ALPHA)
-    if alpha is not None and alpha.numel() != 1:
-        raise LoraFileError(f"{label}: {module}.alpha has shape {tuple(alpha.shape)}, a single number is needed")
-    down = parts[DOWN]  # (rank, in[, k, k])
-    layer = LoraLayer(down=down, up=parts[UP], alpha=float(down.shape[0] if alpha is None else alpha.item()))
-    check_layer(f"{label}: {module}", layer)
-    return layer
-
-
-def _kohya_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
+def kohya_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
     """Both hashes that kohya computes over a copy with nothing but `ss_*` metadata (train_util.py)."""
     copy = serialize(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
     content = copy[8 + int.from_bytes(copy[:8], "little") :]

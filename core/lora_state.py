@@ -65,6 +65,33 @@ class LoraLayer(ModuleUpdate):
         product = (self.scale * (up @ down)).reshape(self.shape)
         return product if self.magnitude is None else dora_delta(product, self.magnitude, weight)
 
+    def peft_magnitude(self, dtype: torch.dtype) -> Tensor:
+        """DoRA's lengths as PEFT takes them: (out,), or (1, out, 1, 1) of a convolution.
+
+        Raises:
+            LoraFileError: They are those of columns, which PEFT cannot say.
+        """
+        lengths = self.written_magnitude(dtype)
+        if lengths.shape[0] != self.shape[0]:
+            raise LoraFileError("DoRA's lengths are those of columns, which PEFT cannot say: keep the kohya file")
+        return lengths.reshape(-1) if self.down.dim() == 2 else lengths.reshape(1, -1, 1, 1)
+
+    def written_magnitude(self, dtype: torch.dtype) -> Tensor:
+        """DoRA's lengths as LyCORIS and WebUI take them: (out, 1[, 1, 1]), or (1, in[, 1, 1]) where they are columns'.
+
+        Raises:
+            LoraFileError: There are none, or they fit neither.
+        """
+        ones = [1] * (self.down.dim() - 2)
+        lengths = None if self.magnitude is None else self.magnitude.detach().to("cpu", dtype).contiguous()
+        if lengths is None or lengths.numel() not in self.shape[:2]:
+            raise LoraFileError(
+                f"DoRA's lengths {None if lengths is None else tuple(lengths.shape)} fit no {self.shape}"
+            )
+        if along_columns(lengths, self.shape):
+            return lengths.reshape(1, -1, *ones)
+        return lengths.reshape(-1, 1, *ones)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoraState:
@@ -122,10 +149,7 @@ def dora_delta(product: Tensor, magnitude: Tensor, weight: Tensor | None) -> Ten
     base = weight.detach().float().reshape(product.shape)
     moved = base + product.to(base.device)
     lengths = magnitude.float().to(base.device)
-    # PEFT writes a convolution's rows as (1, out, 1, 1), LyCORIS its columns as (1, in, 1, 1): the count decides, and
-    # rows where both are equal, but for the matrix (1, in), which nobody writes for rows.
-    is_columns = (lengths.dim() == 2 and lengths.shape[0] == 1) or lengths.numel() != base.shape[0]
-    kept = 1 if is_columns else 0  # the dimension that lengths run along
+    kept = 1 if along_columns(lengths, base.shape) else 0  # the dimension that lengths run along
     shape = [1] * base.dim()
     shape[kept] = base.shape[kept]
     others = [number for number in range(base.dim()) if number != kept]
@@ -136,6 +160,15 @@ def dora_delta(product: Tensor, magnitude: Tensor, weight: Tensor | None) -> Ten
 def flat_name(module: str) -> str:
     """A module's name as kohya writes it: dots become underscores."""
     return module.replace(".", "_")
+
+
+def along_columns(lengths: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether DoRA's lengths are those of a weight's columns, as old LyCORIS has it, rather than its rows.
+
+    PEFT writes a convolution's rows as (1, out, 1, 1), LyCORIS its columns as (1, in, 1, 1): the count decides, and
+    rows where both are equal, but for the matrix (1, in), which nobody writes for rows.
+    """
+    return (lengths.dim() == 2 and lengths.shape[0] == 1 < shape[0]) or lengths.numel() != shape[0]
 
 
 def check_layer(label: str, layer: LoraLayer) -> None:

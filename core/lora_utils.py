@@ -1,12 +1,13 @@
 """LoRA files only: read any kind we know, apply, write, and prove that what was written means what was trained.
 
-Called by training, generation and the command line; layouts live in `core.lora_kohya` and `core.lora_peft`.
+Called by training, generation and the command line; layouts live in `core.lora_file` and its neighbours.
 """
 
+import math
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +15,16 @@ from torch import nn
 
 from core.errors import LoraFileError
 from core.lora_apply import AppliedLoras, apply_states
-from core.lora_kohya import read_kohya, sshs_model_hash, write_kohya
-from core.lora_peft import read_peft, write_peft
-from core.lora_state import LoraLayer, LoraState, flat_name, plain_layers
+from core.lora_diffusers import FILE_NAME, write_diffusers
+from core.lora_file import read_lora_file
+from core.lora_keys import flat_module
+from core.lora_kohya import sshs_model_hash, write_kohya
+from core.lora_peft import CONFIG_NAME, WEIGHTS_NAME, read_peft, write_peft
+from core.lora_state import LoraLayer, LoraState, plain_layers
 
 __all__ = [
     "AppliedLoras",
+    "LoraExport",
     "LoraLayer",
     "LoraState",
     "apply_lora",
@@ -28,6 +33,7 @@ __all__ = [
     "read_lora",
     "sshs_model_hash",
     "verify_files_agree",
+    "write_diffusers",
     "write_kohya",
     "write_peft",
 ]
@@ -38,12 +44,14 @@ MAX_RELATIVE_DIFFERENCE = 1e-6
 
 
 def read_lora(path: Path) -> LoraState:
-    """Read a kohya / WebUI file or a PEFT folder.
+    """Read a file of kohya / WebUI, diffusers or LyCORIS, or a PEFT folder (or the weights in one).
 
     Raises:
         LoraFileError: It is neither, or damaged, or unsafe.
     """
-    return read_peft(path) if path.is_dir() else read_kohya(path)
+    if path.is_file() and path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file():
+        path = path.parent  # the alphas stand in the configuration
+    return read_peft(path) if path.is_dir() else read_lora_file(path)
 
 
 def apply_lora(
@@ -71,6 +79,21 @@ def apply_lora(
     return apply_states(unet, states, text_encoder, text_encoder_2)
 
 
+@dataclass(frozen=True)
+class LoraExport:
+    """One LoRA in three formats that mean the same.
+
+    Attributes:
+        kohya_file: For WebUI, ComfyUI and kohya's scripts.
+        peft_folder: For PEFT.
+        diffusers_file: For diffusers' `load_lora_weights`.
+    """
+
+    kohya_file: Path
+    peft_folder: Path
+    diffusers_file: Path
+
+
 def export_lora(
     state: LoraState,
     metadata: dict[str, str],
@@ -79,13 +102,15 @@ def export_lora(
     base_model: str = "",
     *,
     save_dtype: torch.dtype = torch.float32,
-) -> tuple[Path, Path]:
-    """Write `<name>.safetensors` (kohya) and `<name>-peft/`, in their places only after both were read back and agree.
+) -> LoraExport:
+    """Write `<name>.safetensors` (kohya), `<name>-peft/` and `<name>-diffusers/pytorch_lora_weights.safetensors`.
+
+    They come to their places only after all were read back and agree.
 
     Args:
         state: The trained weights.
-        metadata: Header of the kohya file.
-        folder: Where both go.
+        metadata: Header of the kohya and the diffusers file; its `ss_base_model_version` decides the names.
+        folder: Where all go.
         name: A person's words; the files are named by `file_stem(name)`.
         base_model: A label in the PEFT configuration.
         save_dtype: Of the written tensors.
@@ -96,15 +121,25 @@ def export_lora(
     unverified = folder / ".unverified"
     shutil.rmtree(unverified, ignore_errors=True)
     stem = file_stem(name)
-    kohya_file, peft_folder = folder / f"{stem}.safetensors", folder / f"{stem}-peft"
-    write_kohya(unverified / kohya_file.name, state, metadata, save_dtype=save_dtype)
-    write_peft(unverified / peft_folder.name, state, base_model=base_model, save_dtype=save_dtype)
-    verify_files_agree(state, unverified / kohya_file.name, unverified / peft_folder.name, save_dtype=save_dtype)
-    shutil.rmtree(peft_folder, ignore_errors=True)
-    (unverified / peft_folder.name).rename(peft_folder)
-    (unverified / kohya_file.name).replace(kohya_file)
+    there = _export_in(folder, stem)
+    written = _export_in(unverified, stem)
+    write_kohya(written.kohya_file, state, metadata, save_dtype=save_dtype)
+    write_peft(written.peft_folder, state, base_model=base_model, save_dtype=save_dtype)
+    write_diffusers(written.diffusers_file, state, metadata, save_dtype=save_dtype)
+    verify_files_agree(state, written.kohya_file, written.peft_folder, written.diffusers_file, save_dtype=save_dtype)
+    for old, new in (
+        (there.peft_folder, written.peft_folder),
+        (there.diffusers_file.parent, written.diffusers_file.parent),
+    ):
+        shutil.rmtree(old, ignore_errors=True)
+        new.rename(old)
+    written.kohya_file.replace(there.kohya_file)
     unverified.rmdir()
-    return kohya_file, peft_folder
+    return there
+
+
+def _export_in(folder: Path, stem: str) -> LoraExport:
+    return LoraExport(folder / f"{stem}.safetensors", folder / f"{stem}-peft", folder / f"{stem}-diffusers" / FILE_NAME)
 
 
 def file_stem(name: str) -> str:
@@ -112,15 +147,13 @@ def file_stem(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80] or "lora"
 
 
-def verify_files_agree(
-    trained: LoraState, kohya_file: Path, peft_folder: Path, *, save_dtype: torch.dtype = torch.float32
-) -> float:
+def verify_files_agree(trained: LoraState, *written: Path, save_dtype: torch.dtype = torch.float32) -> float:
     """Reload each export by its own reader's rule and compare every module's delta W with the trained one.
 
     Args:
         trained: What the training ended with.
-        kohya_file: Scaled by `.alpha` / rank of each module.
-        peft_folder: Scaled by `lora_alpha` / `r` of its configuration and patterns.
+        written: Files and PEFT folders: kohya's are scaled by `.alpha` / rank, PEFT's and diffusers' by `lora_alpha` /
+            `r` of their configuration and its patterns.
         save_dtype: What the files were written in; the trained matrices are rounded to it before they are compared.
 
     Returns:
@@ -129,29 +162,48 @@ def verify_files_agree(
     Raises:
         LoraFileError: A module is missing, extra, or differs; the files must not be published.
     """
-    expected = {
-        flat_name(name): replace(layer, down=layer.down.to(save_dtype), up=layer.up.to(save_dtype)).delta()
-        for name, layer in plain_layers(trained.unet).items()
-    }
+    expected: dict[tuple[str, str], LoraLayer] = {}
+    for component, layers in trained.components().items():
+        for name, layer in plain_layers(layers).items():
+            expected[component, flat_module(component, name)] = replace(
+                layer, down=layer.down.to(save_dtype), up=layer.up.to(save_dtype)
+            )
     worst = 0.0
-    for label, state in ((kohya_file.name, read_kohya(kohya_file)), (peft_folder.name, read_peft(peft_folder))):
-        layers = {flat_name(name): layer for name, layer in state.unet.items()}
-        if layers.keys() != expected.keys():
-            odd = sorted(layers.keys() ^ expected.keys())[0]
-            raise LoraFileError(f"export {label} has other modules than were trained, first {odd}: do not publish it")
-        for name, layer in layers.items():
-            delta = expected[name]  # (out, in[, k, k])
-            largest = max(float(delta.abs().max()), torch.finfo(torch.float32).tiny)
-            difference = float((layer.delta().cpu() - delta.cpu()).abs().max()) / largest
-            if difference > MAX_RELATIVE_DIFFERENCE:
+    for path in written:
+        found = {
+            (component, flat_module(component, name)): layer
+            for component, layers in read_lora(path).components().items()
+            for name, layer in plain_layers(layers).items()
+        }
+        if odd := sorted(found.keys() ^ expected.keys()):
+            raise LoraFileError(
+                f"export {path.name} has other modules than were trained, first {odd[0][1]}: do not publish it"
+            )
+        # diffusers' file has the scale in its matrices, which rounds them once more.
+        folded = path.name == FILE_NAME
+        allowed = max(MAX_RELATIVE_DIFFERENCE, 2 * torch.finfo(save_dtype).eps if folded else 0.0)
+        for (component, name), layer in found.items():
+            difference = _difference(expected[component, name], layer)
+            if not difference <= allowed:
                 raise LoraFileError(
-                    f"export {label} changes module {name} by {difference:.2e} of its size: do not publish it"
+                    f"export {path.name} changes module {name} by {difference:.2e} of its size: do not publish it"
                 )
             worst = max(worst, difference)
     return worst
 
 
-if __name__ == "__main__":
-    from core.lora_cli import main  # it imports this module
-
-    main()
+def _difference(trained: LoraLayer, written: LoraLayer) -> float:
+    """Largest difference of two updates, relative to the first one's largest value; DoRA's lengths count too."""
+    pairs = [(replace(trained, magnitude=None).delta(), replace(written, magnitude=None).delta())]
+    if (trained.magnitude is None) != (written.magnitude is None):
+        return math.inf
+    if trained.magnitude is not None and written.magnitude is not None:
+        dtype = written.magnitude.dtype
+        pairs.append((trained.written_magnitude(dtype).float(), written.written_magnitude(dtype).float()))
+    worst = 0.0
+    for ours, theirs in pairs:
+        if ours.shape != theirs.shape:
+            return math.inf
+        largest = max(float(ours.abs().max()), torch.finfo(torch.float32).tiny)
+        worst = max(worst, float((theirs.cpu() - ours.cpu()).abs().max()) / largest)
+    return worst

@@ -47,6 +47,7 @@ class TrainResult:
     Attributes:
         kohya_file: For WebUI, ComfyUI, kohya and diffusers.
         peft_folder: For PEFT.
+        diffusers_file: For diffusers.
         samples: All sample pictures, by step; step 0 is the base model without LoRA.
         losses: One per optimizer step, over all interruptions.
         steps: Optimizer steps done.
@@ -56,6 +57,7 @@ class TrainResult:
 
     kohya_file: Path
     peft_folder: Path
+    diffusers_file: Path
     samples: list[Sample]
     losses: list[float]
     steps: int
@@ -90,7 +92,7 @@ def train(
         config: What to do.
         base: Its UNet is copied, so it comes back unchanged.
         dataset: Prepared pictures with captions.
-        work_folder: Gets `checkpoints/`, `samples/`, `<name>.safetensors` and `<name>-peft/`.
+        work_folder: Gets `checkpoints/`, `samples/`, `<name>.safetensors`, `<name>-peft/` and `<name>-diffusers/`.
         report: Called after each step of each stage; may raise Cancelled, or Paused, which writes a checkpoint first.
         on_checkpoint: Called with each new checkpoint folder and its step.
         name: Of the LoRA: of its files and its title.
@@ -226,13 +228,14 @@ def train(
     # --- what remains ---
     seconds = seconds_before + time.monotonic() - loop_started
     finished = dataclasses.replace(run, steps_done=done, finished_at=time.time())
-    kohya_file, peft_folder = export_lora(
+    export = export_lora(
         weights.state(), lora_metadata(config, manifest, base.facts, finished), work_folder, name, base_name
     )
-    logger.info("finished steps=%d seconds=%.1f file=%s", done, seconds, kohya_file)
+    logger.info("finished steps=%d seconds=%.1f file=%s", done, seconds, export.kohya_file)
     return TrainResult(
-        kohya_file=kohya_file,
-        peft_folder=peft_folder,
+        kohya_file=export.kohya_file,
+        peft_folder=export.peft_folder,
+        diffusers_file=export.diffusers_file,
         samples=all_samples(config, sample_folder),
         losses=losses,
         steps=done,
@@ -248,8 +251,8 @@ def train(
             "pictures": len(manifest.images),
             "dataset_hash": identity.dataset_hash,
             "base_fingerprint": base.fingerprint,
-            "sshs_model_hash": sshs_model_hash(kohya_file),
-            "file_bytes": kohya_file.stat().st_size,
+            "sshs_model_hash": sshs_model_hash(export.kohya_file),
+            "file_bytes": export.kohya_file.stat().st_size,
         },
     )
 

@@ -51,7 +51,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == FILES
     back, original = newest_valid(tmp_path, IDENTITY), checkpoint_at(5)
     assert back is not None
-    assert torch.equal(back.lora.unet["mid_x"].down, original.lora.unet["mid.x"].down)
+    assert torch.equal(back.lora.unet["mid.x"].down, original.lora.unet["mid.x"].down)
     assert torch.equal(back.optimizer["exp_avg"], original.optimizer["exp_avg"])
     assert (back.step, back.losses, back.scaler) == (5, original.losses, original.scaler)
     assert (back.started_at, back.seconds) == (1234.5, 6.7)
