@@ -17,6 +17,7 @@ from jobs.status import JobKind, JobState
 
 SECONDS_PER_UNIT: Mapping[str, float] = {
     JobKind.PREPROCESS: 0.2,
+    JobKind.IMPORT_LORA: 0.01,
     JobKind.PREPARE_BASE: 60.0,
     JobKind.TRAIN: 0.5,
     JobKind.GENERATE: 0.2,
@@ -31,6 +32,11 @@ REMEMBERED_SECONDS = 60
 def preprocess_units(pictures: int) -> float:
     """Units of a dataset's preparation: its pictures."""
     return float(pictures)
+
+
+def import_units(size_bytes: int) -> float:
+    """Units of an import: mebibytes to read."""
+    return size_bytes / 2**20
 
 
 def training_units(config: TrainConfig) -> float:
@@ -102,6 +108,8 @@ def _units_of(kind: JobKind, spec: dict[str, Any], pictures: int) -> float:
             return generation_units(GenerateConfig.parse(spec))
         if kind == JobKind.TRAIN:
             return training_units(TrainConfig.parse(spec))
-    except CoreError:
+        if kind == JobKind.IMPORT_LORA:
+            return import_units(spec["size_bytes"])
+    except (CoreError, KeyError):
         return 0.0
     return preprocess_units(pictures) if kind == JobKind.PREPROCESS else 1.0

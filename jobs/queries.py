@@ -31,7 +31,13 @@ from jobs.models import (
 
 Row = TypeVar("Row", bound=Model)
 
-JOB_RELATIONS = ("dataset_version", "training_run__lora_version", "generation_request", "prepared_base")
+JOB_RELATIONS = (
+    "dataset_version",
+    "training_run__lora_version",
+    "generation_request",
+    "prepared_base",
+    "lora_import__lora_version",
+)
 """What tells which record a job fills; all one-to-one, so one join each."""
 
 
@@ -79,12 +85,12 @@ def dataset_images_of(user: User) -> "QuerySet[DatasetImage]":
 
 def dataset_versions_of(user: User) -> "QuerySet[DatasetVersion]":
     """Preparations of datasets, with their jobs."""
-    return _with_jobs(DatasetVersion.objects.owned_by(user).select_related("dataset"))
+    return with_jobs(DatasetVersion.objects.owned_by(user).select_related("dataset"))
 
 
 def trainings_of(user: User) -> "QuerySet[TrainingRun]":
     """Trainings, with their jobs."""
-    return _with_jobs(
+    return with_jobs(
         TrainingRun.objects.owned_by(user)
         .select_related("base_model", "lora_version")
         .defer("base_model__facts", "base_model__files")
@@ -94,7 +100,7 @@ def trainings_of(user: User) -> "QuerySet[TrainingRun]":
 def generations_of(user: User) -> "QuerySet[GenerationRequest]":
     """Requests for pictures, with their jobs, LoRAs and pictures."""
     uses = GenerationLora.objects.select_related("lora_version__lora").order_by("id")
-    return _with_jobs(
+    return with_jobs(
         GenerationRequest.objects.owned_by(user)
         .select_related("base_model")
         .defer("base_model__facts", "base_model__files")
@@ -104,7 +110,8 @@ def generations_of(user: User) -> "QuerySet[GenerationRequest]":
     )
 
 
-def _with_jobs(rows: "QuerySet[Any]") -> "QuerySet[Any]":
+def with_jobs(rows: "QuerySet[Any]") -> "QuerySet[Any]":
+    """Request rows with what their jobs' answers show."""
     jobs = Job.objects.select_related(*JOB_RELATIONS).defer(
         "error_traceback", "checkpoint", "dataset_version__manifest", "training_run__losses"
     )

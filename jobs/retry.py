@@ -5,6 +5,7 @@ Called by the admin's "retry" action. The ended job itself never changes.
 
 from core.config import GenerateConfig, PreprocessConfig, TrainConfig
 from jobs.errors import Conflict
+from jobs.lora_imports import lora_import_again
 from jobs.models import Job
 from jobs.status import JobKind, JobState
 from jobs.submission import base_preparation_submit, generation_submit, preprocess_submit, training_submit
@@ -36,6 +37,10 @@ def job_retry(job: Job) -> Job:
             return _retry_generation(job)
         case JobKind.PREPARE_BASE:
             return _retry_base_preparation(job)
+        case JobKind.IMPORT_LORA:
+            if not hasattr(job, "lora_import"):
+                raise _gone(job, "upload")
+            return lora_import_again(job)
     raise Conflict(f"jobs of kind {job.kind!r} cannot be retried")
 
 

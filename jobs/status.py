@@ -8,12 +8,14 @@ class JobKind(TextChoices):
 
     PREPROCESS = "preprocess", "Prepare a dataset"
     PREPARE_BASE = "prepare_base", "Prepare a base model"
+    IMPORT_LORA = "import_lora", "Import a LoRA file"
     TRAIN = "train", "Train a LoRA"
     GENERATE = "generate", "Generate images"
 
 
 QUEUES: dict[JobKind, str] = {
     JobKind.PREPROCESS: "cpu",
+    JobKind.IMPORT_LORA: "cpu",
     JobKind.PREPARE_BASE: "gpu",
     JobKind.TRAIN: "gpu",
     JobKind.GENERATE: "gpu",

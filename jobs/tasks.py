@@ -11,6 +11,7 @@ from jobs.doorbells import task_name
 from jobs.drain import drain
 from jobs.status import JobKind
 from jobs.work.generate import GenerateWork, compute_as_they_come
+from jobs.work.import_lora import ImportLoraWork
 from jobs.work.prepare_base import PrepareBaseWork
 from jobs.work.preprocess import PreprocessWork
 from jobs.work.train import TrainWork
@@ -22,6 +23,12 @@ def preprocess() -> None:
     from gpu_worker.preprocessing import run_preprocess
 
     drain(JobKind.PREPROCESS, partial(PreprocessWork, run=run_preprocess))
+
+
+@shared_task(name=task_name(JobKind.IMPORT_LORA))
+def import_lora() -> None:
+    """Queue cpu: an uploaded file becomes a LoRA version."""
+    drain(JobKind.IMPORT_LORA, ImportLoraWork)
 
 
 @shared_task(name=task_name(JobKind.PREPARE_BASE))

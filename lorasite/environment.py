@@ -86,6 +86,7 @@ class Environment(BaseSettings):
         description="Files of a worker machine (LoRAs, bases, pictures) that are kept for reuse. 0: half of its disk.",
     )
     upload_max_bytes: int = Field(64 * 2**20, ge=2**20, description="Largest single upload.")
+    lora_max_bytes: int = Field(2 * 2**30, ge=2**20, description="Largest LoRA file that people may import.")
     worker_threads: int = Field(
         1, ge=1, le=64, description="Torch threads of a CPU worker; more than 1 only on idle cores."
     )

@@ -17,6 +17,7 @@ from core.manifest import DatasetManifest, PreparedImage
 from jobs import lifecycle, recovery
 from jobs.artifacts import artifact_put_stream
 from jobs.claims import jobs_claim
+from jobs.lora_imports import lora_import_submit
 from jobs.models import (
     BaseModel,
     Dataset,
@@ -26,6 +27,7 @@ from jobs.models import (
     InputImage,
     Job,
     Lora,
+    LoraImport,
     LoraVersion,
     TrainingRun,
     User,
@@ -249,6 +251,22 @@ def add_lora_version(lora: Lora, *, number: int, training_run: TrainingRun | Non
         peft_files={"adapter_config.json": config_sha256, "adapter_model.safetensors": peft_sha256},
         facts={"rank": 2, "alpha": 2.0},
     )
+
+
+def lora_file(name: str = "ink.safetensors", content: bytes | None = None) -> SimpleUploadedFile:
+    """An uploaded LoRA."""
+    return SimpleUploadedFile(name, lora_bytes() if content is None else content)
+
+
+def make_lora_import(owner: User, *, base_model: BaseModel | None = None, lora_name: str = "") -> LoraImport:
+    """An upload whose job waits."""
+    job = lora_import_submit(
+        owner=owner,
+        base_model=base_model or make_base_model(),
+        lora_name=lora_name or f"lora {next(_numbers)}",
+        file=lora_file(),
+    )
+    return LoraImport.objects.get(job=job)
 
 
 def make_generation(

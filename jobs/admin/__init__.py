@@ -11,6 +11,7 @@ from jobs.admin import (
     job,
     job_history,
     lora,
+    lora_import,
     training,
     worker,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "job",
     "job_history",
     "lora",
+    "lora_import",
     "training",
     "worker",
 ]

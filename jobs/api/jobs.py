@@ -43,7 +43,8 @@ class RecordLinkSerializer(serializers.Serializer[Any]):
     """A record and where to read it."""
 
     type = serializers.CharField(
-        help_text="dataset_version, training, generation, base_model; a training's result is a lora_version."
+        help_text="dataset_version, training, generation, base_model, lora_import; what a training or an import "
+        "results in is a lora_version."
     )
     id = serializers.UUIDField()
     url = serializers.CharField()
@@ -110,12 +111,12 @@ class JobSerializer(serializers.ModelSerializer[Job]):
 
     @extend_schema_field(RecordLinkSerializer(allow_null=True))
     def get_result(self, job: Job) -> dict[str, str] | None:
-        """The request row once it is filled; for a training the LoRA version, ready to be named in a generation."""
+        """The request row once it is filled; of a training or an import the LoRA version, for use in generations."""
         if job.state != JobState.SUCCEEDED:
             return None
-        if job.kind != JobKind.TRAIN:
+        if job.kind not in (JobKind.TRAIN, JobKind.IMPORT_LORA):
             return _request_link(job)
-        run = getattr(job, "training_run", None)
+        run = getattr(job, LINKS[JobKind(job.kind)][0], None)
         version = getattr(run, "lora_version", None)
         return version and _link("lora_version", version.pk, "lora", version.lora_id)
 
@@ -128,6 +129,7 @@ LINKS = {
     JobKind.PREPROCESS: ("dataset_version", "dataset-version"),
     JobKind.TRAIN: ("training_run", "training"),
     JobKind.GENERATE: ("generation_request", "generation"),
+    JobKind.IMPORT_LORA: ("lora_import", "lora-import"),
     JobKind.PREPARE_BASE: ("prepared_base", "base-model"),
 }
 """Kind of job -> (relation of its request row, name of the route that shows it)."""

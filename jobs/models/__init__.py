@@ -8,6 +8,7 @@ from jobs.models.generation import GeneratedImage, GenerationLora, GenerationReq
 from jobs.models.guidance import InputImage, Style
 from jobs.models.job import Job, JobAttempt, JobEvent, JobPreview
 from jobs.models.lora import Lora, LoraVersion
+from jobs.models.lora_import import LoraImport
 from jobs.models.training import TrainingRun
 from jobs.models.worker import LeaderLease, WorkerProcess
 
@@ -28,6 +29,7 @@ __all__ = [
     "JobPreview",
     "LeaderLease",
     "Lora",
+    "LoraImport",
     "LoraVersion",
     "OwnerUsage",
     "Style",

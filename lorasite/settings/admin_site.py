@@ -67,6 +67,7 @@ UNFOLD: dict[str, Any] = {
                     _page("Dataset versions", "inventory_2", "jobs.datasetversion"),
                     _page("LoRAs", "tune", "jobs.lora"),
                     _page("LoRA versions", "layers", "jobs.loraversion"),
+                    _page("LoRA imports", "upload_file", "jobs.loraimport"),
                     _page("LoRA uses", "link", "jobs.generationlora"),
                     _page("Generated pictures", "collections", "jobs.generatedimage"),
                     _page("Pictures to begin from", "add_photo_alternate", "jobs.inputimage"),

@@ -167,6 +167,7 @@ LORASITE: dict[str, Any] = {
     "GARBAGE_AFTER_SECONDS": ENVIRONMENT.garbage_after_seconds,
     "CACHE_BYTES": ENVIRONMENT.cache_bytes,
     "UPLOAD_MAX_BYTES": ENVIRONMENT.upload_max_bytes,
+    "LORA_MAX_BYTES": ENVIRONMENT.lora_max_bytes,
     "WORKER_THREADS": ENVIRONMENT.worker_threads,
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from django.core.files.base import ContentFile
 
-from tests.chaos import expected, look_story, scenarios
+from tests.chaos import expected, import_story, look_story, scenarios
 from tests.chaos.cache_story import crowded_cache, crowded_cache_check
 from tests.chaos.scenarios import Scenario, during, generate, lora_is_right, person, picture_is_right, train
 
@@ -179,12 +179,15 @@ def _rebuild_base_folder() -> None:
 
     from gpu_worker.base_folders import base_folder
     from gpu_worker.settings import BaseRef
+    from gpu_worker.zygote import warm_bases_tell
     from jobs.models import BaseModel
     from jobs.node_cache import node_cache
 
     base = BaseModel.objects.get(name="tiny")
     ref = BaseRef(name=base.name, fingerprint=base.fingerprint, files=base.files)
-    base_folder(ref, Path(settings.LORASITE["DATA"]) / "cache", node_cache().get)
+    cache_folder = Path(settings.LORASITE["DATA"]) / "cache"
+    base_folder(ref, cache_folder, node_cache().get)
+    warm_bases_tell(cache_folder, [ref])
     generate("one")
 
 
@@ -392,6 +395,7 @@ STORIES = [
         check=lambda: [*lora_is_right("lora", 24), *picture_is_right("urgent")],
     ),
     Scenario("upload", _upload, check=_upload_check),
+    Scenario("import a LoRA", import_story.tell, check=import_story.check),
     Scenario("prepare base", _prepare_base, check=_prepare_base_check),
     Scenario("crowded cache", crowded_cache, check=crowded_cache_check),
     Scenario("rebuild base folder", _rebuild_base_folder, check=lambda: picture_is_right("one")),

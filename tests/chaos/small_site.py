@@ -134,7 +134,7 @@ class Everybody:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.dispatcher.tick()
-            for task in (tasks.preprocess, tasks.prepare_base, tasks.train, tasks.generate):
+            for task in (tasks.preprocess, tasks.import_lora, tasks.prepare_base, tasks.train, tasks.generate):
                 task.run()
             if not Job.objects.active().exists():
                 return

@@ -28,6 +28,7 @@ from jobs.models import (
     JobPreview,
     LeaderLease,
     Lora,
+    LoraImport,
     LoraVersion,
     OwnerUsage,
     Style,
@@ -184,6 +185,16 @@ def site(db: None) -> Site:
         job=make_job(creator, JobKind.GENERATE, JobState.SUCCEEDED, generate, base_model=base),
     )
     GenerationLora.objects.create(request=request, lora_version=lora_version, weight=0.8)
+    LoraImport.objects.create(
+        owner=creator,
+        job=make_job(creator, JobKind.IMPORT_LORA, JobState.SUCCEEDED, {"sha256": "e" * 64}, base_model=base),
+        base_model=base,
+        lora_name="ink <script>alert(1)</script>",
+        file_name="ink.safetensors",
+        sha256="e" * 64,
+        size_bytes=1234,
+        lora_version=lora_version,
+    )
     sha256, size_bytes = stored_picture("green", side_px=512)
     image = GeneratedImage.objects.create(
         owner=creator,

@@ -26,6 +26,7 @@ from tests.factories import (
     make_input_image,
     make_job,
     make_lora,
+    make_lora_import,
     make_training,
     picture_file,
 )
@@ -61,6 +62,7 @@ def home(owner: User) -> Home:
     running = make_job(owner, JobState.RUNNING, base_model=base)
     preview_write(job_id=running.pk, token=running.token, preview=Preview(step=3, jpeg=b"owners-look"))
     start = make_input_image(owner)
+    imported = make_lora_import(owner, base_model=base, lora_name="owners-import")
     style = Style.objects.create(owner=owner, name="owners-style")
     ids: dict[str, dict[str, Any]] = {
         "base-model": {"base_model_id": base.pk},
@@ -81,6 +83,7 @@ def home(owner: User) -> Home:
         "job-cancel": {"job_id": job.pk},
         "job-events": {"job_id": job.pk},
         "lora": {"lora_id": lora.pk},
+        "lora-import": {"lora_import_id": imported.pk},
         "lora-version-file": {"version_id": lora_version.pk},
         "lora-version-peft": {"version_id": lora_version.pk},
         "image": {"image_id": picture.pk},
@@ -95,6 +98,7 @@ def home(owner: User) -> Home:
     }
     rows = [row for model in owned_models() for row in model.objects.filter(owner=owner)]
     secrets = {str(row.pk) for row in rows} | {"owners-dataset", "owners-lora", "owners-lora-name", image.sha256}
+    secrets |= {"owners-import", imported.sha256}
     secrets |= {"owners-look", "owners-style", start.sha256}
     return Home(owner, ids, bodies, secrets)
 
@@ -113,6 +117,8 @@ def visit(client: APIClient, home: Home, name: str, method: str) -> Any:
     url = reverse(name, kwargs=home.ids.get(name))
     if name in ("dataset-images", "input-images") and method == "post":
         return client.post(url, {"files": [picture_file()]}, format="multipart")
+    if name == "lora-imports" and method == "post":
+        return client.post(url, {"lora_name": "stolen", "file": picture_file()}, format="multipart")
     body = home.bodies.get(name, {}) if method in ("post", "put", "patch") else None
     return getattr(client, method)(url, body, format="json")
 
