@@ -15,6 +15,7 @@ from tests.conftest import MakeClient
 from tests.factories import (
     make_base_model,
     make_dataset,
+    make_dataset_version,
     make_generation,
     make_input_image,
     make_job,
@@ -237,3 +238,16 @@ def test_a_picture_is_downloaded_in_its_own_format(api: APIClient, owner: User, 
     assert response["Content-Type"] == "image/webp"
     assert f"{image.seed}-{image.number}.webp" in response["Content-Disposition"]
     assert api.get(reverse("image", args=[image.pk])).json()["image_format"] == "webp"
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("x <lora:a:1>", "samples show the LoRA"), ("a AND b", "AND")])
+def test_sample_prompts_that_would_stop_a_training_are_refused_before_it(
+    prompt: str, words: str, api: APIClient, owner: User, base: BaseModel
+) -> None:
+    version = make_dataset_version(owner)
+    body = {"dataset_version": version.pk, "base_model": base.name, "lora_name": "ink"}
+
+    response = api.post(reverse("trainings"), {**body, "config": {"sample_prompts": [prompt]}}, format="json")
+
+    assert response.status_code == 400
+    assert words in response.json()["message"]
