@@ -4,7 +4,6 @@ Called by `core.pipelines`. The mapping is private: a process that writes into a
 the file never changes, so that files of a shared cache may be mapped, and forked processes share what nobody writes.
 """
 
-import copy
 import json
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, PreTrainedModel
@@ -43,10 +40,7 @@ def map_model(model_class: Any, folder: Path, *, dtype: torch.dtype, device: tor
     config = (folder / "config.json").read_text(encoding="utf-8")
     model = _clone(_skeleton(model_class, config, folder), {})
     (path,) = sorted(folder.glob("*.safetensors"))[:1] or [folder / "model.safetensors"]
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise BaseModelError(f"{path} is not a safetensors file ({error})") from error
+    weights = _map_file(path)
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -57,8 +51,32 @@ def map_model(model_class: Any, folder: Path, *, dtype: torch.dtype, device: tor
                 module._buffers[name] = weights.pop(key) if key in weights else buffer.clone()
     if weights:
         raise BaseModelError(f"{path} holds {min(weights)}, which its config.json has no place for")
+    tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+    if device.type == "cpu" and all(tensor.dtype == dtype for tensor in tensors):
+        return model
     # `to` moves only what is of another dtype or elsewhere: what fits stays a page of the file.
     return model.to(device=device, dtype=dtype)
+
+
+def _map_file(path: Path) -> dict[str, Tensor]:
+    """Tensors that are pages of a safetensors file, which is a header of JSON and then their bytes."""
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if start > size_bytes:
+                raise ValueError(f"its header would end at byte {start} of {size_bytes}")
+            header = json.loads(file.read(start - 8))
+        pages = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(path), False, size_bytes))
+        tensors = {}
+        for key, entry in header.items():
+            if key != "__metadata__":
+                first, end = entry["data_offsets"]
+                flat = pages[start + first : start + end].view(_DTYPES[entry["dtype"]])
+                tensors[key] = flat.view(entry["shape"])
+        return tensors
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise BaseModelError(f"{path} is not a safetensors file ({error!r})") from error
 
 
 def _parameter(weights: dict[str, Tensor], key: str, wanted: Tensor, path: Path) -> nn.Parameter:
@@ -103,7 +121,7 @@ def _clone(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     clone = done[id(module)] = module.__class__.__new__(module.__class__)
     for name, value in module.__dict__.items():
         # What is neither a container nor a module (configurations, processors) is the same for all clones.
-        clone.__dict__[name] = copy.copy(value) if isinstance(value, dict | list | set) else value
+        clone.__dict__[name] = value.__class__(value) if value.__class__ in _CONTAINERS else value
     for name, child in module._modules.items():
         clone._modules[name] = None if child is None else _clone(child, done)
     return clone
@@ -118,6 +136,14 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_CONTAINERS = frozenset((dict, OrderedDict, list, set))
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
 _INITIALISERS: frozenset[Callable[..., Any]] = frozenset(
     getattr(torch.nn.init, name)
     for name in ("kaiming_uniform_", "uniform_", "normal_", "ones_", "zeros_", "trunc_normal_", "xavier_uniform_")

@@ -14,6 +14,7 @@ from gpu_worker.base_folders import base_folder
 from gpu_worker.errors import RuntimeNotReady
 from gpu_worker.pipelines import PipelinePool
 from gpu_worker.settings import BaseRef, WorkerSettings
+from gpu_worker.zygote import warm_bases_tell
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,17 @@ def start(settings: WorkerSettings, warm: Sequence[BaseRef]) -> Runtime:
         size=max(settings.pool_size, len(warm) + 1),
         device=settings.device,
         folder_of=lambda ref: base_folder(ref, settings.cache_folder, settings.fetch),
+        budget_bytes=settings.pool_bytes,
+        attention=settings.attention,
+        channels_last=settings.channels_last,
+        compiled=settings.compiled,
     )
     for ref in warm:
         try:
             pool.keep_warm(ref)
         except (CoreError, OSError) as error:
             logger.warning("keep-warm base could not be loaded base=%s reason=%s", ref.name, error)
+    warm_bases_tell(settings.cache_folder, [ref for ref in warm if ref.fingerprint in pool.fingerprints()])
     _runtime = Runtime(settings, pool)
     logger.info(
         "gpu process ready device=%s warm=%d ms=%.0f",

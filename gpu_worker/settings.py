@@ -18,6 +18,9 @@ class WorkerSettings:
         fetch: Where files come from.
         torch_threads: Intra-op threads on a CPU; more than 1 only where the cores are idle.
         pool_size: Base models kept loaded at once, the warm ones included; >= 1.
+        pool_bytes: Weights of base models kept loaded at once; 0 for no limit.
+        attention: "sdpa", "xformers" or "sliced".
+        channels_last, compiled: Of the UNet on CUDA.
     """
 
     device: str
@@ -25,6 +28,10 @@ class WorkerSettings:
     fetch: Fetch
     torch_threads: int = 1
     pool_size: int = 2
+    pool_bytes: int = 0
+    attention: str = "sdpa"
+    channels_last: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

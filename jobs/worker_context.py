@@ -52,8 +52,10 @@ class ShutdownFlag:
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds now, shared pages included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Memory that this process holds now; pages shared with its parent are included, pages of files are not."""
+    resident, of_files = Path("/proc/self/statm").read_text().split()[1:3]
+    # Mapped weights are pages of files: the kernel takes them back when it wants, and all processes share them.
+    return (int(resident) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def machine_bytes() -> int:

@@ -97,6 +97,13 @@ def _before_the_pool(conf: Any, options: dict[str, Any], **_: Any) -> None:
         # For the fork: a child, or its successor, starts in milliseconds instead of the seconds that the imports take.
         for module in ("gpu_worker.runtime", "gpu_worker.training", "gpu_worker.generation"):
             importlib.import_module(module)
+        import torch
+        from django.conf import settings
+
+        from gpu_worker.zygote import prepare_forks
+
+        cache_folder = Path(settings.LORASITE["DATA"]) / "cache"
+        prepare_forks(cache_folder, torch.float16 if _gpu_devices() else torch.float32)
     _children_count = max(1, int(options.get("concurrency") or conf.worker_concurrency or os.cpu_count() or 1))
 
 
@@ -146,8 +153,10 @@ def _come_up() -> None:
     warm_bases: Any = list
     free_memory: Any = gc.collect
     prefetch = Prefetcher(worker, node_cache().files) if serves_gpu else None
+    started: Any = None
     if serves_gpu:
         from gpu_worker import runtime
+        from gpu_worker.idle_release import IdleRelease
         from gpu_worker.settings import BaseRef, WorkerSettings
 
         refs = [
@@ -160,6 +169,11 @@ def _come_up() -> None:
                 cache_folder=Path(settings.LORASITE["DATA"]) / "cache",
                 fetch=node_cache().get,
                 torch_threads=settings.LORASITE["WORKER_THREADS"],
+                pool_size=settings.LORASITE["POOL_SIZE"],
+                pool_bytes=settings.LORASITE["POOL_BYTES"],
+                attention=settings.LORASITE["ATTENTION"],
+                channels_last=settings.LORASITE["CHANNELS_LAST"],
+                compiled=settings.LORASITE["TORCH_COMPILE"],
             ),
             refs,
         )
@@ -181,6 +195,9 @@ def _come_up() -> None:
     heartbeat.start()
     uploader.start()
     Watchdog(heartbeat).start()
+    if started is not None:
+        idle_seconds = settings.LORASITE["IDLE_SECONDS"]
+        IdleRelease(started.pool, idle_seconds=idle_seconds, busy=lambda: bool(heartbeat.holds())).start()
     if prefetch is not None:
         prefetch.start()
     worker_ready(worker=worker, warm_bases=warm_bases())

@@ -90,6 +90,18 @@ class Environment(BaseSettings):
     worker_threads: int = Field(
         1, ge=1, le=64, description="Torch threads of a CPU worker; more than 1 only on idle cores."
     )
+    pool_size: int = Field(3, ge=1, le=64, description="Base models that a GPU process keeps loaded at once.")
+    pool_bytes: int = Field(
+        0, ge=0, description="Weights that a GPU process keeps loaded at once; warm bases stay. 0: no limit."
+    )
+    idle_seconds: float = Field(
+        900.0, ge=1, le=604_800, description="A base that is not warm is given back when nobody asked for it so long."
+    )
+    attention: Literal["sdpa", "xformers", "sliced"] = Field(
+        "sdpa", description="Attention kernel; xformers where a call proves that it works; sliced takes least memory."
+    )
+    channels_last: bool = Field(False, description="Lay convolutions out for tensor cores (CUDA only).")
+    torch_compile: bool = Field(False, description="Compile the UNet's blocks at first use (CUDA only; takes minutes).")
     log_format: Literal["console", "json"] = Field("console", description="console for people, json for machines.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Lowest level shown.")
 

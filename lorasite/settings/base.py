@@ -169,6 +169,12 @@ LORASITE: dict[str, Any] = {
     "UPLOAD_MAX_BYTES": ENVIRONMENT.upload_max_bytes,
     "LORA_MAX_BYTES": ENVIRONMENT.lora_max_bytes,
     "WORKER_THREADS": ENVIRONMENT.worker_threads,
+    "POOL_SIZE": ENVIRONMENT.pool_size,
+    "POOL_BYTES": ENVIRONMENT.pool_bytes,
+    "IDLE_SECONDS": ENVIRONMENT.idle_seconds,
+    "ATTENTION": ENVIRONMENT.attention,
+    "CHANNELS_LAST": ENVIRONMENT.channels_last,
+    "TORCH_COMPILE": ENVIRONMENT.torch_compile,
 }
 
 LOGGING_CONFIG = None
