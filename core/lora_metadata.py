@@ -16,6 +16,8 @@ from core.manifest import DatasetManifest
 
 DATASET_LABEL = "dataset"
 MODELSPEC_VERSION = "1.0.1"
+ARCHITECTURES = {"sd1": "stable-diffusion-v1/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}
+IMPLEMENTATIONS = {"sd1": "diffusers", "sdxl": "https://github.com/Stability-AI/generative-models"}
 # All in which the files of two equal trainings differ: times, and what is computed from them. The last one is kohya's
 # hash of a piece of the file that starts behind 1 MiB; the length of the header decides which bytes lie there.
 TIME_AND_SESSION_KEYS = (
@@ -57,7 +59,7 @@ def lora_metadata(config: TrainConfig, manifest: DatasetManifest, base: BaseFact
     """All header strings but the `sshs_*` hashes, which the writer computes."""
     values: dict[str, object] = {
         "ss_v2": "False",
-        "ss_base_model_version": "sd_v1",
+        "ss_base_model_version": "sdxl_base_v1-0" if base.family == "sdxl" else "sd_v1",
         "ss_network_module": "networks.lora",
         "ss_network_dim": config.rank,
         "ss_network_alpha": _number(config.alpha),
@@ -157,8 +159,8 @@ def _modelspec(config: TrainConfig, manifest: DatasetManifest, base: BaseFacts, 
     side = manifest.config.resolution
     values: dict[str, object] = {
         "modelspec.sai_model_spec": MODELSPEC_VERSION,
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.implementation": "diffusers",
+        "modelspec.architecture": ARCHITECTURES[base.family],
+        "modelspec.implementation": IMPLEMENTATIONS[base.family],
         "modelspec.title": run.name,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.date": datetime.fromtimestamp(run.finished_at, UTC).isoformat(timespec="seconds"),
