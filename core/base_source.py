@@ -91,6 +91,10 @@ def check_source(source: Path) -> None:
     Raises:
         BaseModelError: Says which part is wrong and why.
     """
+    if source.is_file() and source.suffix in PICKLE_SUFFIXES:
+        raise BaseModelError(
+            f"{source} is a pickle, which can run code when it is read: use a safetensors version of this model"
+        )
     if source.is_file():
         raise BaseModelError(
             f"{source} is a single file: convert it to a diffusers folder first "

@@ -67,7 +67,8 @@ def _map_file(path: Path) -> dict[str, Tensor]:
             if start > size_bytes:
                 raise ValueError(f"its header would end at byte {start} of {size_bytes}")
             header = json.loads(file.read(start - 8))
-        pages = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(path), False, size_bytes))
+        storage: Any = torch.UntypedStorage.from_file(str(path), False, size_bytes)  # False: private, not shared
+        pages = torch.empty(0, dtype=torch.uint8).set_(storage)
         tensors = {}
         for key, entry in header.items():
             if key != "__metadata__":

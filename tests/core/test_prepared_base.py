@@ -183,6 +183,8 @@ def test_a_single_file_and_a_missing_folder_are_refused_with_what_to_do(tmp_path
 
     with pytest.raises(BaseModelError, match="convert it to a diffusers folder first"):
         prepare_base(single, tmp_path / "out")
+    with pytest.raises(BaseModelError, match="is a pickle, which can run code"):
+        prepare_base(single.rename(tmp_path / "model.ckpt"), tmp_path / "out")
     with pytest.raises(BaseModelError, match=r"model_index\.json is missing"):
         prepare_base(tmp_path / "nowhere", tmp_path / "out")
 

@@ -91,3 +91,25 @@ def test_the_first_operator_is_made_once_and_keeps_a_changed_password(
     user.save()
     assert first_operator() == "kept, with another password"
     assert User.objects.get(username="admin").check_password("chosen-password")
+
+
+def test_the_name_is_the_last_part_of_the_source_where_none_is_given(operator: User, tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+
+    assert base("add", str(tmp_path / "my-model")).startswith("my-model: registered")
+
+
+def test_warm_and_unwarm_change_the_row_and_an_unknown_name_is_refused(operator: User, tmp_path: Path) -> None:
+    base("add", str(tmp_path), "--name", "tiny")
+    assert "warm" in base("warm", "tiny")
+    assert BaseModel.objects.get(name="tiny").keep_warm
+    base("unwarm", "tiny")
+    assert not BaseModel.objects.get(name="tiny").keep_warm
+    with pytest.raises(CommandError, match="there is no base model 'other'"):
+        base("warm", "other")
+
+
+def test_waiting_for_a_base_that_is_ready_ends_at_once(operator: User, tmp_path: Path) -> None:
+    base("add", str(tmp_path), "--name", "tiny")
+    BaseModel.objects.filter(name="tiny").update(fingerprint="f" * 64)
+    assert "ready ffffffffffff" in base("add", str(tmp_path), "--name", "tiny", "--wait")
