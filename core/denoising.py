@@ -136,6 +136,7 @@ class DenoisingRun:
         self._base, self._slots = base, slots
         self._tracks: list[Track] = []
         self._forwards: list[_Forward] | None = None
+        self._active: _Forward | None = None
 
     @property
     def tracks(self) -> Sequence[Track]:
@@ -174,8 +175,9 @@ class DenoisingRun:
     def _predict(self, forward: _Forward, rows: Sequence[Tensor]) -> Tensor:
         """(rows, c, h, w) fp32."""
         timesteps = [track.timestep.float().expand(len(own)) for track, own in zip(forward.tracks, rows, strict=True)]
-        if self._slots is not None:
+        if self._slots is not None and self._active is not forward:
             self._slots.activate(forward.loras)
+            self._active = forward
         prediction: Tensor = self._base.unet(
             torch.cat(list(rows)).to(self._base.dtype),  # (rows, c, h, w)
             torch.cat(timesteps).to(self._base.device),  # (rows,)

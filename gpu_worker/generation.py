@@ -2,14 +2,15 @@
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 from core.config import GenerateConfig, LoraUse
+from core.denoising import RowLoras
 from core.drawing import Outcome, Request
 from core.errors import Interrupted
 from core.generate import generate_as_they_come
@@ -20,7 +21,9 @@ from core.memory_ladder import generation_memory
 from core.pipelines import LoadedBase
 from core.progress import Progress, Report
 from core.text_encoding import resolve_clip_skip
+from core.track_start import encode_texts
 from gpu_worker import runtime
+from gpu_worker.resident_loras import HeldLora, resident_loras
 from gpu_worker.settings import BaseRef, Fetch
 
 logger = logging.getLogger(__name__)
@@ -94,8 +97,18 @@ def run_generations(
     run.serve(orders)
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """An order under way: when it began (monotonic seconds), where its LoRAs came from, which of them have slots."""
+
+    order: Order
+    began: float
+    lora: str
+    slotted: tuple[LoraUse, ...]
+
+
 class _Run:
-    """Orders of one base, drawn in rounds: the orders of a round have the same LoRAs on the model."""
+    """Orders of one base, drawn in rounds: one with LoRAs in slots, and one for each set that slots cannot serve."""
 
     def __init__(
         self,
@@ -107,71 +120,111 @@ class _Run:
         join: Callable[[int], Sequence[Order]],
     ) -> None:
         self._base, self._says, self._base_name = base, says, base_name
+        self._loras = resident_loras(base.unet)
         self._memory = generation_memory(memory_rung)
         self._on_done, self._join = on_done, join
-        self._waiting: deque[Order] = deque()
-        self._orders: dict[Request, tuple[Order, float]] = {}
+        self._waiting: dict[Order, list[HeldLora] | None] = {}  # with its LoRAs, once they are read
+        self._orders: dict[Request, _Drawn] = {}
 
     def serve(self, orders: Sequence[Order]) -> None:
         """Round by round, until nobody waits and nobody joins."""
-        self._waiting.extend(orders)
+        self._waiting.update(dict.fromkeys(orders))
         while self._waiting:
-            first = self._waiting[0]
-            uses = first.config.loras
+            first = next(iter(self._waiting))
             try:
-                files = [(first.fetch(use.sha256), use.weight) for use in uses]
-                encoders = {"text_encoder": self._base.text_encoder, "text_encoder_2": self._base.text_encoder_2}
-                applied = apply_lora(self._base.unet, files, **encoders)
+                misfits = [held.misfit for held in self._open(first) if held.misfit]
+                # PEFT's wrappers serve every kind of LoRA, and cost a tenth of a second per round.
+                files = [(first.fetch(use.sha256), use.weight) for use in first.config.loras] if misfits else []
+                applied = apply_lora(self._base.unet, files, **self._encoders())
             except Exception as error:  # noqa: BLE001 - becomes the end of this order
-                self._waiting.popleft()
-                self._on_done(first, error)
+                self._end(first, error)
                 continue
+            uses = first.config.loras if misfits else None
             join = partial(self._joining, uses)
-            with applied:
-                generate_as_they_come(self._base, self._take(uses), self._done, join=join, memory=self._memory)
+            try:
+                with applied:
+                    generate_as_they_come(
+                        self._base, self._take(uses), self._done, join=join, memory=self._memory, slots=self._loras
+                    )
+            finally:  # What stops a run leaves orders behind; their slots are free all the same.
+                for drawn in self._orders.values():
+                    self._loras.leave(drawn.slotted)
 
-    def _joining(self, uses: tuple[LoraUse, ...], room: int) -> list[Request]:
-        """Who waits for other LoRAs has the next round: until then nobody else joins."""
-        self._tell_waiting()
-        if not self._waiting:
-            self._waiting.extend(self._join(room))
-        return self._take(uses)
-
-    def _tell_waiting(self) -> None:
-        """They live, and may want to stop."""
+    def _joining(self, uses: tuple[LoraUse, ...] | None, room: int) -> list[Request]:
+        """Who waits for another round, or for a slot, goes first: until then nobody else joins."""
         for order in tuple(self._waiting):
             try:
                 order.report(Progress(stage="waiting for its turn", step=0, total=order.config.steps))
             except Interrupted as interruption:
-                self._waiting.remove(order)
-                self._on_done(order, interruption)
+                self._end(order, interruption)
+        if not self._waiting:
+            self._waiting.update(dict.fromkeys(self._join(room)))
+        return self._take(uses)
 
-    def _take(self, uses: tuple[LoraUse, ...]) -> list[Request]:
+    def _take(self, uses: tuple[LoraUse, ...] | None) -> list[Request]:
+        """Orders of this round: with exactly the LoRAs `uses`, or with LoRAs that have slots."""
         requests = []
         for order in tuple(self._waiting):
-            if order.config.loras == uses:
-                self._waiting.remove(order)
-                try:
-                    request = self._request(order)
-                except Exception as error:  # noqa: BLE001 - becomes the end of this order
-                    self._on_done(order, error)
+            began = time.monotonic()
+            slotted: tuple[LoraUse, ...] = ()
+            try:
+                held = self._open(order)
+                if order.config.loras != uses if uses is not None else any(lora.misfit for lora in held):
                     continue
-                self._orders[request] = (order, time.monotonic())
-                requests.append(request)
+                how = "applied"
+                placed: RowLoras | None = ()
+                if uses is None:
+                    how = "hit" if self._loras.has(order.config.loras) else "miss"
+                    placed = self._loras.place(self._base.unet, order.config.loras, held)
+                    if placed is None:
+                        continue
+                    slotted = order.config.loras
+                request = self._request(order, placed, held if uses is None else [])
+            except Exception as error:  # noqa: BLE001 - becomes the end of this order
+                self._loras.leave(slotted)
+                self._end(order, error)
+                continue
+            del self._waiting[order]
+            lora = f"{how} ms={1e3 * (time.monotonic() - began):.1f}" if held else "none"
+            self._orders[request] = _Drawn(order, began, lora, slotted)
+            requests.append(request)
         return requests
 
-    def _request(self, order: Order) -> Request:
+    def _open(self, order: Order) -> list[HeldLora]:
+        held = self._waiting[order]
+        if held is None:
+            held = [
+                self._loras.open(self._base.unet, use.sha256, order.fetch(use.sha256)) for use in order.config.loras
+            ]
+            self._waiting[order] = held
+        return held
+
+    def _end(self, order: Order, error: Exception) -> None:
+        del self._waiting[order]
+        self._on_done(order, error)
+
+    def _request(self, order: Order, row: RowLoras, held: Sequence[HeldLora]) -> Request:
         config = order.config
         size = config.width, config.height
+        texts = [(lora.text, use.weight) for lora, use in zip(held, config.loras, strict=False) if lora.changes_text]
+        with apply_lora(self._base.unet, texts, **self._encoders()):
+            text = encode_texts(self._base, config)
         return Request(
             config=config,
             report=order.report,
+            text=text,
+            loras=row,
             init_picture=read_init_picture(order.fetch(config.init_image), *size) if config.init_image else None,
             mask=read_mask(order.fetch(config.mask), *size) if config.mask else None,
         )
 
+    def _encoders(self) -> dict[str, Any]:
+        return {"text_encoder": self._base.text_encoder, "text_encoder_2": self._base.text_encoder_2}
+
     def _done(self, request: Request, outcome: Outcome) -> None:
-        order, began = self._orders.pop(request)
+        drawn = self._orders.pop(request)
+        order = drawn.order
+        self._loras.leave(drawn.slotted)
         if isinstance(outcome, Exception):
             self._on_done(order, outcome)
             return
@@ -192,9 +245,9 @@ class _Run:
             save_picture(image, path, words, image_format=config.image_format, quality=config.image_quality)
             pictures.append(Picture(path=path, seed=seed, width=image.width, height=image.height))
         logger.info(
-            "generated %s vae=own attention=sdpa loras=%d count=%d size=%dx%d steps=%d sampler=%s seconds=%.2f",
-            self._says, len(config.loras), config.count, config.width, config.height, config.steps, config.sampler,
-            time.monotonic() - began,
+            "generated %s vae=%s lora=%s loras=%d count=%d size=%dx%d steps=%d sampler=%s seconds=%.2f",
+            self._says, config.vae or "own", drawn.lora, len(config.loras), config.count, config.width, config.height,
+            config.steps, config.sampler, time.monotonic() - drawn.began,
         )  # fmt: skip
         self._on_done(order, pictures)
 

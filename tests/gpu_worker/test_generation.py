@@ -116,7 +116,7 @@ def test_a_file_that_one_needs_and_does_not_get_is_the_end_of_that_one_alone(
     assert isinstance(third, ConnectionError)
 
 
-def test_orders_with_different_loras_are_drawn_in_rounds_and_all_hear_of_life(
+def test_orders_with_different_loras_share_a_run_and_leave_no_trace(
     settings_of_worker: WorkerSettings, bases: list[BaseRef], tmp_path: Path
 ) -> None:
     runtime.start(settings_of_worker, [bases[0]])
