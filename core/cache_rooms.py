@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 PART = ".part-"
 STALE_SECONDS = 86_400.0
-"""A folder of links that nobody has added to for so long will not be finished."""
+"""What nobody has added to for so long will not be finished."""
 
 
 def folder_pin(folder: Path) -> str:
@@ -38,8 +38,10 @@ def cache_scan(
         if path.name.startswith(".lock-"):  # Of an older version.
             _drop(path)
         elif path.name.startswith(PART):
-            with making.exclusive_now(path.name.removeprefix(PART).rpartition("-")[0]) as is_left:
-                if is_left:
+            maker = path.name.removeprefix(PART).rpartition("-")[0]
+            with making.exclusive_now(maker) as is_left:
+                # One without a name is an older version's, which may be at it just now.
+                if is_left and (maker or time.time() - path.stat().st_mtime > STALE_SECONDS):
                     _drop(path)
         elif path.name.endswith(".made") and not journal.hash_of(path.name):
             with pins.exclusive_now(path.name) as is_free:
@@ -64,7 +66,7 @@ def cache_scan(
 def linked_folders_drop(linked: Path, file: os.stat_result, pins: NameLocks) -> bool:
     """Remove the folders that link to this file. False when one of them is in use; then it stays whole."""
     for folder in linked.glob("[!.]*"):
-        if not any(path.stat().st_ino == file.st_ino for path in folder.rglob("*")):
+        if not any(os.path.samestat(path.stat(), file) for path in folder.rglob("*")):
             continue
         with pins.exclusive_now(folder_pin(folder)) as is_free:
             if not is_free:
