@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from core.lora_repair import (
     peft_beside,
     prove_equal,
     repair,
+    update_of,
     write_lora,
 )
-from core.lora_state import LoraLayer, LoraState
+from core.lora_state import LoraLayer, LoraState, ModuleUpdate
 from core.lora_utils import read_lora
 
 DESCRIPTION = "Look at LoRA files, convert them between the formats of other tools, and give lost strength back."
@@ -36,6 +37,7 @@ examples:
   a PEFT folder for WebUI, and back for diffusers
     python -m core.lora_utils convert ink-peft --to kohya --out ink.safetensors
     python -m core.lora_utils convert ink.safetensors --to peft --out ink-peft
+    python -m core.lora_utils convert ink.safetensors --to diffusers --out pytorch_lora_weights.safetensors
   is it whole, and does it fit this base model?
     python -m core.lora_utils verify ink.safetensors --base demo/tiny-sd-emoji
   a converted file came out 32 times too weak: its alpha was lost, the training's was 32
@@ -45,6 +47,7 @@ examples:
 SRC is a .safetensors file, a PEFT folder (adapter_config.json and adapter_model.safetensors), or a folder that holds
 one LoRA; a PEFT folder wins over a loose file beside it. Exit status: 0 all is well, 1 something is wrong, 2 usage.
 """
+FORMATS = ("kohya", "peft", "diffusers")
 METADATA_SHOWN = {
     "trained as": ("ss_output_name", "modelspec.title"),
     "trained on": ("ss_sd_model_name", "ss_base_model_version"),
@@ -83,24 +86,21 @@ def inspect(given: argparse.Namespace) -> Answer:
         state = read_lora(source)
     except LoraFileError as error:
         return answer | {"ok": False, "problems": [str(error)]}
-    layers = [*state.unet.values(), *state.text_encoder.values()]
+    layers = [layer for part in state.components().values() for layer in part.values()]
     alphas = Counter(layer.alpha for layer in layers if isinstance(layer, LoraLayer))
     scales = Counter(round(layer.scale, 6) for layer in layers if isinstance(layer, LoraLayer))
     answer["alphas"] = {f"{alpha:g}": count for alpha, count in sorted(alphas.items())}
     answer["scales"] = {f"{scale:g}": count for scale, count in sorted(scales.items())}
-    answer["strength"] = {name: strength(part) for name, part in _components(state).items() if part}
+    answer["strength"] = {name: strength(part) for name, part in state.components().items() if part}
     return answer
 
 
 def convert(given: argparse.Namespace) -> Answer:
     """Write the same LoRA in another format, and prove that it is the same."""
     source = find_source(given.source)
-    if (given.to == "kohya") != (given.out.suffix == ENDING):
-        hint = f"a file that ends in {ENDING}" if given.to == "kohya" else "a folder"
-        raise LoraFileError(f"{given.to} is {hint}: choose another --out than {given.out}")
     judge_lora(_weights(source))
     state = read_lora(source)
-    write_lora(state, given.out)
+    write_lora(state, given.out, given.to)
     return {"ok": True, "written": str(given.out), "modules": _count(state), "notes": ["read back: the same LoRA"]}
 
 
@@ -143,20 +143,20 @@ def repair_command(given: argparse.Namespace) -> Answer:
     source = given.source if given.source.is_file() else find_source(given.source)
     judge_lora(_weights(source))
     state, changed = repair(source, alpha=given.alpha, config=given.config)
-    write_lora(state, given.out)
+    write_lora(state, given.out, "kohya" if given.out.suffix == ENDING else "peft")
     note = f"{changed} of {sum(_count(state).values())} modules had no alpha or another one"
-    strengths = {name: strength(part) for name, part in _components(state).items() if part}
+    strengths = {name: strength(part) for name, part in state.components().items() if part}
     return {"ok": True, "written": str(given.out), "modules": _count(state), "strength": strengths, "notes": [note]}
 
 
-def strength(layers: dict[str, Any]) -> float:
+def strength(layers: Mapping[str, ModuleUpdate]) -> float:
     """Frobenius norm of all updates together: sqrt(sum |delta W|^2). 0.0 changes nothing."""
     return math.sqrt(sum(_squared_norm(layer) for layer in layers.values()))
 
 
-def _squared_norm(layer: Any) -> float:
+def _squared_norm(layer: ModuleUpdate) -> float:
     if not isinstance(layer, LoraLayer):
-        return float(layer.delta().double().square().sum())
+        return float(update_of(layer).double().square().sum())
     down = layer.down.double().flatten(1)  # (rank, in * kh * kw)
     up = layer.up.double().flatten(1)  # (out, rank)
     # |up @ down|^2 = trace(up^T up  down down^T): two small matrices instead of a large product.
@@ -192,12 +192,8 @@ def _weights(source: Path) -> Path:
     return source / WEIGHTS_NAME if source.is_dir() else source
 
 
-def _components(state: LoraState) -> dict[str, dict[str, Any]]:
-    return {"unet": dict(state.unet), "text_encoder": dict(state.text_encoder)}
-
-
 def _count(state: LoraState) -> dict[str, int]:
-    return {name: len(part) for name, part in _components(state).items() if part}
+    return {name: len(part) for name, part in state.components().items() if part}
 
 
 def _write(answer: Answer) -> None:
@@ -253,7 +249,7 @@ def _options() -> argparse.ArgumentParser:
 
     add("inspect", inspect, "show kind, family, ranks, alphas, strength, training")
     converting = add("convert", convert, "write the same LoRA in another format")
-    converting.add_argument("--to", choices=("kohya", "peft"), required=True, help="kohya is WebUI's format, too.")
+    converting.add_argument("--to", choices=FORMATS, required=True, help="kohya is WebUI's format, too.")
     converting.add_argument("--out", metavar="DST", type=Path, required=True, help="A .safetensors file, or a folder.")
     verifying = add("verify", verify, "find everything that is wrong with a file")
     verifying.add_argument("--base", metavar="FOLDER", type=Path, help="A pipeline folder that it must fit.")

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 
 from core.errors import LoraFileError
+from core.lora_diffusers import write_diffusers
 from core.lora_header import read_header
-from core.lora_keys import dotted_module, flat_module, read_key
-from core.lora_peft import CONFIG_NAME, WEIGHTS_NAME, read_peft, write_peft
-from core.lora_state import LoraLayer, LoraState
+from core.lora_keys import flat_module, read_key
+from core.lora_names import diffusers_module
+from core.lora_peft import CONFIG_NAME, WEIGHTS_NAME, write_peft
+from core.lora_state import LoraLayer, LoraState, ModuleUpdate, plain_layers
 from core.lora_utils import read_lora, write_kohya
 from core.tensor_files import load_tensors
 
 ENDING = ".safetensors"
+FORMATS_OWN = ("format", "lora_adapter_metadata")
+"""Header strings that belong to a format, not to the LoRA."""
 MAX_CONFIG_BYTES = 4 << 20
 MAX_DIFFERENCE = 1e-5
 """Of a module's largest value. Alpha may go through half precision in a file; a wrong rule is off by far more."""
@@ -75,38 +79,43 @@ def repair(source: Path, *, alpha: float | None = None, config: Path | None = No
     """
     weights = source / WEIGHTS_NAME if source.is_dir() else source
     state = _read_without_config(weights)
+    layers = {component: plain_layers(part) for component, part in state.components().items()}
     if alpha is not None:
         if not math.isfinite(alpha) or alpha == 0:
             raise LoraFileError(f"alpha {alpha:g} would make the LoRA useless: give the value that it was trained with")
-        values: Mapping[str, float] = dict.fromkeys(state.unet | state.text_encoder, alpha)
+        values = {component: dict.fromkeys(part, alpha) for component, part in layers.items()}
     else:
-        values = _alphas_of(_config_of(weights, config), state)
-    changed = 0
-    parts: dict[str, dict[str, Any]] = {}
-    for component in ("unet", "text_encoder"):
-        layers = getattr(state, component)
-        changed += sum(layer.alpha != values[name] for name, layer in layers.items())
-        parts[component] = {name: replace(layer, alpha=values[name]) for name, layer in layers.items()}
-    commonest = Counter(values.values()).most_common(1)[0][0]
+        found = _config_of(weights, config)
+        values = {component: _alphas_of(found, part) for component, part in layers.items()}
+    changed = sum(layer.alpha != values[at][name] for at, part in layers.items() for name, layer in part.items())
+    right = {
+        at: {name: replace(layer, alpha=values[at][name]) for name, layer in part.items()}
+        for at, part in layers.items()
+    }
+    commonest = Counter(value for part in values.values() for value in part.values()).most_common(1)[0][0]
     metadata = state.metadata | {"ss_network_alpha": f"{commonest:g}"}
-    return replace(state, **parts, metadata=metadata), changed
+    return LoraState(**right, metadata=metadata, notes=state.notes), changed
 
 
-def write_lora(state: LoraState, destination: Path) -> None:
-    """Write a kohya file where the name ends in .safetensors, a PEFT folder otherwise; then prove it by reading back.
+def write_lora(state: LoraState, destination: Path, to: str) -> None:
+    """Write a LoRA as "kohya", "peft" or "diffusers", then prove it by reading it back.
 
     Raises:
         LoraFileError: The format cannot hold this LoRA, or what was written means something else.
     """
-    save_dtype = next(iter((state.unet | state.text_encoder).values())).down.dtype
-    if destination.suffix == ENDING:
-        metadata = {key: value for key, value in state.metadata.items() if key != "format"}
-        write_kohya(destination, state, metadata, save_dtype=save_dtype)
+    if (to == "peft") == (destination.suffix == ENDING):
+        what = "a folder" if to == "peft" else f"a file that ends in {ENDING}"
+        raise LoraFileError(f"{to} is {what}: choose another --out than {destination}")
+    metadata = {key: value for key, value in state.metadata.items() if key not in FORMATS_OWN}
+    save_dtype = _dtype_of(state)
+    if to == "peft":
+        write_peft(destination, state, save_dtype=save_dtype)
+    elif to == "diffusers":
+        # The scale is folded into the matrices, which half precision would round.
+        write_diffusers(destination, state, metadata, save_dtype=torch.float32)
     else:
-        dotted = {dotted_module(name): layer for name, layer in state.unet.items()}
-        write_peft(destination, replace(state, unet=dotted), save_dtype=save_dtype)
-    written = read_peft(destination) if destination.is_dir() else read_lora(destination)
-    prove_equal(state, written, destination.name)
+        write_kohya(destination, state, metadata, save_dtype=save_dtype)
+    prove_equal(state, read_lora(destination), destination.name)
 
 
 def prove_equal(first: LoraState, second: LoraState, label: str) -> float:
@@ -119,13 +128,13 @@ def prove_equal(first: LoraState, second: LoraState, label: str) -> float:
         LoraFileError: A module is missing, extra, or changes the weights otherwise.
     """
     worst = 0.0
-    for component in ("unet", "text_encoder"):
-        ours = {flat_module(component, name): layer for name, layer in getattr(first, component).items()}
-        theirs = {flat_module(component, name): layer for name, layer in getattr(second, component).items()}
+    for component, part in first.components().items():
+        ours = {flat_module(component, name): layer for name, layer in part.items()}
+        theirs = {flat_module(component, name): layer for name, layer in second.components()[component].items()}
         if odd := sorted(ours.keys() ^ theirs.keys()):
             raise LoraFileError(f"{label}: {len(odd)} modules of the {component} are in one only, first {odd[0]}")
         for name, layer in ours.items():
-            delta, other = layer.delta(), theirs[name].delta()
+            delta, other = update_of(layer), update_of(theirs[name])
             largest = max(float(delta.abs().max()), torch.finfo(torch.float32).tiny)
             difference = float((delta - other.reshape(delta.shape)).abs().max()) / largest
             if difference > MAX_DIFFERENCE:
@@ -135,6 +144,18 @@ def prove_equal(first: LoraState, second: LoraState, label: str) -> float:
                 )
             worst = max(worst, difference)
     return worst
+
+
+def update_of(layer: ModuleUpdate) -> torch.Tensor:
+    """The update in fp32; of DoRA what it is before the lengths, which need the base model's weight."""
+    return replace(layer, magnitude=None).delta() if isinstance(layer, LoraLayer) else layer.delta()
+
+
+def _dtype_of(state: LoraState) -> torch.dtype:
+    """As the source has its matrices; fp32 for kinds without."""
+    layers = [layer for part in state.components().values() for layer in part.values()]
+    plain = next((layer for layer in layers if isinstance(layer, LoraLayer)), None)
+    return torch.float32 if plain is None else plain.down.dtype
 
 
 def modules_without_alpha(file: Path) -> int:
@@ -156,7 +177,7 @@ def _read_without_config(weights: Path) -> LoraState:
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         key = read_key(name)
-        parts.setdefault(dotted_module(key.module), {})[key.part] = tensor
+        parts.setdefault(diffusers_module("unet", key.module), {})[key.part] = tensor
     layers = {}
     for module, pair in parts.items():
         if set(pair) != {"down", "up"}:
@@ -183,10 +204,10 @@ def _config_of(weights: Path, config: Path | None) -> dict[str, Any]:
     return found
 
 
-def _alphas_of(config: dict[str, Any], state: LoraState) -> dict[str, float]:
+def _alphas_of(config: dict[str, Any], layers: Mapping[str, LoraLayer]) -> dict[str, float]:
     """Alpha of each module by PEFT's rule: lora_alpha or alpha_pattern, over r or rank_pattern."""
     values: dict[str, float] = {}
-    for name, layer in (state.unet | state.text_encoder).items():
+    for name, layer in layers.items():
         flat = name.replace(".", "_")
         try:
             rank = int(_matching(config.get("rank_pattern"), flat, config.get("r", 8)))

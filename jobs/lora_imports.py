@@ -161,7 +161,8 @@ def _on_disk(file: UploadedFile) -> Iterator[Path]:
         yield Path(file.temporary_file_path())
         return
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
-        for chunk in file.chunks():
-            copy.write(chunk)
-        copy.flush()
+        with side_effect("upload.spill"):
+            for chunk in file.chunks():
+                copy.write(chunk)
+            copy.flush()
         yield Path(copy.name)

@@ -46,7 +46,7 @@ class ImportLoraWork:
         """The LoRA version becomes visible."""
         asked = self.lora_import
         artifacts_pin([asked.sha256])
-        with side_effect("lora.get_or_create"):
+        with side_effect("lora.import"):
             lora, _ = Lora.objects.get_or_create(
                 owner=asked.owner,
                 name=asked.lora_name,
