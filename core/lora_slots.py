@@ -143,7 +143,7 @@ class LoraSlots:
 
         Args:
             rows: As many as the batch has, with both halves of classifier-free guidance; weights on top of
-                alpha / rank, those of 0 count as none. Rows that are all alike may have any number of rows in the batch.
+                alpha / rank, those of 0 count as none. Where all are alike, the batch may have any number.
 
         Raises:
             LoraFileError: A slot is empty or does not exist; what was active stays.
@@ -153,8 +153,9 @@ class LoraSlots:
             for slot, _ in row:
                 if not 0 <= slot < self.slots or self._contents[slot] is None:
                     raise LoraFileError(f"slot {slot} of {self.slots} holds no LoRA: load one before it is activated")
-        self._rows = kept
-        self._place()
+        if kept != self._rows:  # equal ones are in place, with what was loaded since
+            self._rows = kept
+            self._place()
 
     def deactivate(self) -> None:
         """No LoRA for anybody; outputs are those of the model alone, bit for bit."""
