@@ -1,11 +1,11 @@
 """LoRA files from elsewhere: upload, list, detail."""
 
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from django.conf import settings
 from django.core.exceptions import RequestDataTooBig
-from django.http import HttpRequest
+from django.http import HttpRequest, QueryDict
 from drf_spectacular.utils import extend_schema, extend_schema_serializer
 from rest_framework import serializers
 from rest_framework.parsers import MultiPartParser
@@ -90,7 +90,7 @@ class LoraImportListView(StudioView):
         limit = settings.LORASITE["LORA_MAX_BYTES"]
         if int(request.META.get("CONTENT_LENGTH") or 0) > limit + FORM_BYTES:
             raise RequestDataTooBig(f"more than {limit} bytes, the most for one LoRA: save it in half precision")
-        checked = self.InputSerializer(data=request.data.dict())
+        checked = self.InputSerializer(data=cast(QueryDict, request.data).dict())
         checked.is_valid(raise_exception=True)
         asked = dict(checked.validated_data)
         job = lora_import_submit(
