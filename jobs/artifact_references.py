@@ -53,6 +53,7 @@ REFERENCES = (
     Reference(InputImage, "sha256"),
     Reference(LoraVersion, "kohya_sha256"),
     Reference(LoraVersion, "peft_files", is_json=True),
+    Reference(LoraVersion, "diffusers_sha256", Q(diffusers_sha256__isnull=False)),
     Reference(DatasetVersion, "manifest", Q(manifest__isnull=False), is_json=True),
     Reference(TrainingRun, "samples", is_json=True),
     Reference(BaseModel, "files", is_json=True),

@@ -74,6 +74,7 @@ class LoraVersionAdmin(ReadOnlyAdmin):
         "training",
         "file_size",
         "kohya_sha256",
+        "diffusers_sha256",
         "model_hash",
         "shown_facts",
         "shown_peft_files",

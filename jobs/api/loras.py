@@ -28,6 +28,7 @@ class LoraVersionSerializer(serializers.ModelSerializer[LoraVersion]):
     peft_files = serializers.DictField(child=serializers.CharField(), help_text="{file name: SHA-256}.")
     file_url = serializers.SerializerMethodField()
     peft_url = serializers.SerializerMethodField()
+    diffusers_url = serializers.SerializerMethodField()
 
     class Meta:
         model = LoraVersion
@@ -42,6 +43,7 @@ class LoraVersionSerializer(serializers.ModelSerializer[LoraVersion]):
             "file_url",
             "peft_files",
             "peft_url",
+            "diffusers_url",
         ]
 
     def get_file_url(self, version: LoraVersion) -> str:
@@ -51,6 +53,10 @@ class LoraVersionSerializer(serializers.ModelSerializer[LoraVersion]):
     def get_peft_url(self, version: LoraVersion) -> str:
         """The PEFT folder as a ZIP."""
         return reverse("lora-version-peft", args=[version.pk])
+
+    def get_diffusers_url(self, version: LoraVersion) -> str | None:
+        """The file for diffusers; null where there is none."""
+        return reverse("lora-version-diffusers", args=[version.pk]) if version.diffusers_sha256 else None
 
 
 class LoraSerializer(serializers.ModelSerializer[Lora]):
@@ -138,6 +144,24 @@ class LoraVersionPeftView(StudioView):
         if not version.peft_files:
             raise NotFound(f"LoRA version {version_id} has no PEFT folder: download its kohya/WebUI file")
         return archive_response(request, version.peft_files, filename=f"{_download_stem(version)}-peft.zip")
+
+
+class LoraVersionDiffusersView(StudioView):
+    """The file for diffusers."""
+
+    @extend_schema(responses=file_responses(SAFETENSORS, "pytorch_lora_weights.safetensors, for `load_lora_weights`."))
+    def get(self, request: Request, version_id: UUID) -> HttpResponseBase:
+        """The file for diffusers."""
+        version = queries.one(queries.lora_versions_visible_to(self.person()), version_id)
+        if not version.diffusers_sha256:
+            raise NotFound(f"LoRA version {version_id} has no file for diffusers: download its kohya/WebUI file")
+        return artifact_response(
+            request,
+            version.diffusers_sha256,
+            content_type=SAFETENSORS,
+            filename=f"{_download_stem(version)}-diffusers.safetensors",
+            attachment=True,
+        )
 
 
 def _download_stem(version: LoraVersion) -> str:

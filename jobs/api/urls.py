@@ -52,6 +52,11 @@ v1 = [
     path("loras/<uuid:lora_id>/", loras.LoraView.as_view(), name="lora"),
     path("lora-versions/<uuid:version_id>/file/", loras.LoraVersionFileView.as_view(), name="lora-version-file"),
     path("lora-versions/<uuid:version_id>/peft/", loras.LoraVersionPeftView.as_view(), name="lora-version-peft"),
+    path(
+        "lora-versions/<uuid:version_id>/diffusers/",
+        loras.LoraVersionDiffusersView.as_view(),
+        name="lora-version-diffusers",
+    ),
     path("images/", images.ImageListView.as_view(), name="images"),
     path("images/<uuid:image_id>/", images.ImageView.as_view(), name="image"),
     path("images/<uuid:image_id>/file/", images.ImageFileView.as_view(), name="image-file"),

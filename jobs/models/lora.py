@@ -46,6 +46,7 @@ class LoraVersion(OwnedRecord):
     kohya_size_bytes = models.PositiveBigIntegerField()
     model_hash = Sha256Field(help_text="sshs_model_hash: SHA-256 of the tensor bytes alone.")
     peft_files = models.JSONField(default=dict, help_text="{file name: sha256} of the PEFT folder.")
+    diffusers_sha256 = Sha256Field(null=True, blank=True, help_text="pytorch_lora_weights.safetensors of diffusers.")
     facts = models.JSONField(default=dict, help_text="Rank, alpha, modules, final loss and the like.")
 
     class Meta:

@@ -95,11 +95,17 @@ class TrainWork:
     def files(self) -> list[Path]:
         """LoRA files and samples."""
         peft = sorted(path for path in self.result.peft_folder.iterdir() if path.is_file())
-        return [self.result.kohya_file, *peft, *(sample.path for sample in self.result.samples)]
+        return [
+            self.result.kohya_file,
+            self.result.diffusers_file,
+            *peft,
+            *(sample.path for sample in self.result.samples),
+        ]
 
     def store(self) -> None:
         """LoRA files and samples go to the store under their hashes."""
         self.kohya_sha256, self.kohya_size_bytes = artifact_put(self.result.kohya_file)
+        self.diffusers_sha256, _ = artifact_put(self.result.diffusers_file)
         self.peft_files = {
             path.name: artifact_put(path)[0] for path in sorted(self.result.peft_folder.iterdir()) if path.is_file()
         }
@@ -112,7 +118,7 @@ class TrainWork:
     def record(self) -> None:
         """The LoRA version becomes visible."""
         samples = [sample["sha256"] for sample in self.samples]
-        artifacts_pin([self.kohya_sha256, *self.peft_files.values(), *samples])
+        artifacts_pin([self.kohya_sha256, self.diffusers_sha256, *self.peft_files.values(), *samples])
         run = self.training_run
         with side_effect("lora.get_or_create"):
             lora, _ = Lora.objects.get_or_create(
@@ -136,6 +142,7 @@ class TrainWork:
                 kohya_size_bytes=self.kohya_size_bytes,
                 model_hash=self.result.facts["sshs_model_hash"],
                 peft_files=self.peft_files,
+                diffusers_sha256=self.diffusers_sha256,
                 facts=self.result.facts,
             )
             TrainingRun.objects.filter(pk=run.pk).update(losses=self.result.losses, samples=self.samples)

@@ -197,6 +197,8 @@ def _save(checkpoints: Path, step: int, state: str, attempt: dict[str, Any]) -> 
 def _export(config: Any, state: str, work_folder: Path) -> Any:
     kohya, peft = work_folder / "lora.safetensors", work_folder / "lora-peft"
     kohya.write_bytes(expected.kohya_bytes(state))
+    diffusers = work_folder / "lora-diffusers.safetensors"
+    diffusers.write_bytes(b"diffusers " + expected.kohya_bytes(state))
     peft.mkdir(exist_ok=True)
     (peft / "adapter_model.safetensors").write_bytes(expected.adapter_bytes(state))
     (peft / "adapter_config.json").write_text(json.dumps({"state": state}))
@@ -206,6 +208,7 @@ def _export(config: Any, state: str, work_folder: Path) -> Any:
     return SimpleNamespace(
         kohya_file=kohya,
         peft_folder=peft,
+        diffusers_file=diffusers,
         samples=[Sample(step=0, prompt="a sample", seed=0, path=sample)],
         losses=[1.0 / (1 + step) for step in range(config.steps)],
         steps=config.steps,

@@ -40,10 +40,12 @@ def finished(folder: Path) -> SimpleNamespace:
     (folder / "peft").mkdir()
     (folder / "peft" / "adapter.safetensors").write_bytes(b"peft")
     (folder / "lora.safetensors").write_bytes(b"kohya")
+    (folder / "diffusers.safetensors").write_bytes(b"diffusers")
     sample = SimpleNamespace(step=0, prompt="a disc", path=folder / "samples" / "2.png")
     return SimpleNamespace(
         kohya_file=folder / "lora.safetensors",
         peft_folder=folder / "peft",
+        diffusers_file=folder / "diffusers.safetensors",
         samples=[sample],
         losses=[0.5],
         facts={"sshs_model_hash": "0" * 64},
