@@ -7,7 +7,7 @@ from core.text_encoding import TextCondition
 
 
 def condition(value: float) -> TextCondition:
-    return TextCondition(embeddings=torch.full((1, 4, 8), value), pooled=None)  # 128 bytes
+    return TextCondition(embeddings=torch.full((1, 4, 8), float(value)), pooled=None)  # 128 bytes
 
 
 def key(prompt: str, loras: tuple[tuple[str, float], ...] = ()) -> PromptKey:
