@@ -172,14 +172,15 @@ class _Run:
                 if order.config.loras != uses if uses is not None else any(lora.misfit for lora in held):
                     continue
                 how = "applied"
-                placed: RowLoras | None = ()
+                row: RowLoras = ()
                 if uses is None:
                     how = "hit" if self._loras.has(order.config.loras) else "miss"
                     placed = self._loras.place(self._base.unet, order.config.loras, held)
                     if placed is None:
                         continue
+                    row = placed
                     slotted = order.config.loras
-                request = self._request(order, placed, held if uses is None else [])
+                request = self._request(order, row, held if uses is None else [])
             except Exception as error:  # noqa: BLE001 - becomes the end of this order
                 self._loras.leave(slotted)
                 self._end(order, error)
