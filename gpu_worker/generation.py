@@ -75,6 +75,7 @@ def run_generations(
     memory_rung: int,
     on_done: Callable[[Order, Result], None],
     join: Callable[[int], Sequence[Order]] = nobody,
+    vae: dict[str, Any] | None = None,
 ) -> None:
     """Draw requests of one base; each is handed out as soon as it is done.
 
@@ -82,6 +83,7 @@ def run_generations(
         orders: The first ones, >= 1.
         memory_rung: Of `core.memory_ladder`.
         on_done: Called once per order.
+        vae: Name, fingerprint and files of a prepared base whose VAE decodes; None for the base's own.
         join: Asked before each step, with the number of pictures that there is room for; returns who joins.
 
     Raises:
@@ -93,7 +95,9 @@ def run_generations(
     pool = runtime.current().pool
     ref = BaseRef(name=base_name, fingerprint=base_fingerprint, files=base_files)
     pipeline = "reused" if base_fingerprint in pool.fingerprints() else "loaded"
-    run = _Run(pool.get(ref), f"base={base_name} pipeline={pipeline}", base_name, memory_rung, on_done, join)
+    base = pool.get(ref, BaseRef(**vae) if vae else None)
+    says = f"base={base_name} pipeline={pipeline} attention={pool.attention_of(ref)}"
+    run = _Run(base, says, base_name, memory_rung, on_done, join)
     run.serve(orders)
 
 

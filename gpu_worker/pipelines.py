@@ -173,6 +173,10 @@ class PipelinePool:
         """Of everything loaded now."""
         return list(self._loaded)
 
+    def attention_of(self, ref: BaseRef) -> str:
+        """The kernel that a loaded base uses."""
+        return self._kernels[ref.fingerprint]
+
     def held_bytes(self) -> int:
         """Of all weights of all loaded bases; on a CPU most of them are pages of files that processes share."""
         return sum(p.nbytes for base in self._loaded.values() for part in _parts(base) for p in part.parameters())

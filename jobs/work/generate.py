@@ -4,12 +4,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from django.db.models import Q
+
 from core.config import GenerateConfig
 from core.failpoints import side_effect
 from core.image_files import ENDINGS
 from jobs.artifacts import artifact_put, artifacts_pin
+from jobs.errors import NotReady
 from jobs.heartbeat import Hold
-from jobs.models import GeneratedImage, GenerationRequest
+from jobs.models import BaseModel, GeneratedImage, GenerationRequest
 from jobs.node_cache import node_cache
 from jobs.previews import preview_drop
 from jobs.scratch import scratch_open
@@ -51,6 +54,21 @@ class GenerateWork:
             report=self.hold.report,
             fetch=self.hold.watched(files.get, company=company),
         )
+
+    def vae(self) -> dict[str, Any] | None:
+        """The base whose VAE was asked for, by value; None for the model's own.
+
+        Raises:
+            NotReady: No prepared base has this name or fingerprint.
+        """
+        wanted = self.hold.job.spec.get("vae")
+        if wanted is None:
+            return None
+        named = BaseModel.objects.filter(Q(name=wanted) | Q(fingerprint=wanted)).exclude(fingerprint="")
+        other = named.order_by("name").first()
+        if other is None:
+            raise NotReady(f"no prepared base model is called {wanted!r}: its VAE cannot be used")
+        return {"name": other.name, "fingerprint": other.fingerprint, "files": other.files}
 
     def store(self) -> None:
         """Pictures go to the store under their hashes."""
@@ -112,6 +130,7 @@ def compute_as_they_come(
         base_files=base_model.files,
         base_name=base_model.name,
         memory_rung=max(work.hold.job.memory_rung for work in works),
+        vae=first.vae(),
         join=lambda room: [order_of(work) for work in join(room)],
         on_done=done,
     )

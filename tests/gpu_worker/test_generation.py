@@ -1,5 +1,6 @@
 """Requests in one GPU process: files for each, one model, one forward; memory is given back after a failure."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -95,6 +96,27 @@ def test_pictures_begin_from_a_picture_and_are_stored_in_the_format_asked_for(
         red, _, blue = image.getpixel((28, 16))
         assert abs(red - 200) < 12 and abs(blue - 20) < 12, "what is not masked stays"
         assert read_infotext(image).startswith("a red apple\n")
+
+
+def test_another_bases_vae_may_decode(settings_of_worker: WorkerSettings, bases: list[BaseRef], tmp_path: Path) -> None:
+    runtime.start(settings_of_worker, [bases[0]])
+    pictures = []
+    for name, vae in (("own", None), ("other", dataclasses.asdict(bases[1])), ("again", None)):
+        results: dict[Order, Result] = {}
+        run_generations(
+            orders=[order(tmp_path / name)],
+            base_fingerprint=bases[0].fingerprint,
+            base_files=bases[0].files,
+            base_name=bases[0].name,
+            memory_rung=0,
+            on_done=results.__setitem__,
+            vae=vae,
+        )
+        (drawn,) = results.values()
+        assert isinstance(drawn, list), drawn
+        with Image.open(drawn[0].path) as image:
+            pictures.append(image.tobytes())
+    assert pictures[0] == pictures[2] != pictures[1]
 
 
 def test_a_file_that_one_needs_and_does_not_get_is_the_end_of_that_one_alone(
