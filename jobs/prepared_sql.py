@@ -1,14 +1,18 @@
 """Statements of the ORM that are compiled once per process and then only sent, for paths where each one is run often.
 
 Django builds and compiles a statement anew at every run, which takes longer than the database needs to answer.
-What is here knows no table: the statements stand with the code that sends them.
+PostgreSQL plans each statement once per connection. What is here knows no table: the statements stand with the code
+that sends them.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from django.db import DEFAULT_DB_ALIAS, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -34,7 +38,7 @@ class Parameter(Expression):
         return "%s", [self]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Compiled:
     sql: str
     params: tuple[Any, ...]
@@ -166,8 +170,13 @@ def send(*runs: Run) -> list[Any]:
     with connection.cursor() as cursor:
         if connection.vendor == "postgresql":
             # Values are bound by the client (Django's default), which lets one message carry several statements.
-            params = [param for _, compiled, values in ready for param in _params(compiled, values, connection)]
-            cursor.execute("; ".join(compiled.sql for _, compiled, _ in ready), params)
+            texts = [_planned(cursor, compiled, connection) for _, compiled, _ in ready]
+            params = [
+                param
+                for text, (_, compiled, values) in zip(texts, ready, strict=True)
+                for param in _params(compiled, values, connection, constants=text is compiled.sql)
+            ]
+            cursor.execute("; ".join(texts), params)
         for number, (statement, compiled, values) in enumerate(ready):
             if connection.vendor != "postgresql":
                 cursor.execute(compiled.sql, _params(compiled, values, connection))
@@ -217,11 +226,45 @@ def insert_of(row: Model) -> InsertQuery:
     return query
 
 
-def _params(compiled: _Compiled, values: dict[str, Any], connection: BaseDatabaseWrapper) -> list[Any]:
+def _params(
+    compiled: _Compiled, values: dict[str, Any], connection: BaseDatabaseWrapper, *, constants: bool = True
+) -> list[Any]:
     return [
         param.output_field.get_db_prep_value(values[param.name], connection) if isinstance(param, Parameter) else param
         for param in compiled.params
+        if constants or isinstance(param, Parameter)
     ]
+
+
+_plans: "WeakKeyDictionary[Any, dict[_Compiled, str]]" = WeakKeyDictionary()
+_plan_numbers = count(1)
+
+
+def _planned(cursor: Any, compiled: _Compiled, connection: BaseDatabaseWrapper) -> str:
+    """The EXECUTE of a statement, prepared on this connection where it is not yet.
+
+    Where a pooler hands out connections per transaction, which Django is told by `DISABLE_SERVER_SIDE_CURSORS`, nothing
+    stays prepared: there it is the statement itself.
+    """
+    if connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"):
+        return compiled.sql
+    plans = _plans.setdefault(connection.connection, {})
+    if compiled not in plans:
+        types = [param.output_field.db_type(connection) for param in compiled.params if isinstance(param, Parameter)]
+        name, numbers, given = f"lorasite_{next(_plan_numbers)}", count(1), iter(compiled.params)
+
+        def place(match: re.Match[str]) -> str:
+            if match[0] != "%s":
+                return match[0]
+            return f"${next(numbers)}" if isinstance(next(given), Parameter) else "%s"
+
+        sql = re.sub("%[%s]", place, compiled.sql)
+        constants = [param for param in compiled.params if not isinstance(param, Parameter)]
+        declared = f"({', '.join(map(str, types))})" if types else ""
+        cursor.execute(f"PREPARE {name} {declared} AS {sql}", constants)
+        places = f"({', '.join(['%s'] * len(types))})" if types else ""
+        plans[compiled] = f"EXECUTE {name}{places}"
+    return plans[compiled]
 
 
 def _converters(column: Any, connection: BaseDatabaseWrapper) -> list[Any]:

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 def test_the_job_tests_pass_on_postgresql(tmp_path: Path) -> None:
-    names = ["lifecycle", "drain", "heartbeat", "dispatch", "quotas", "versions_side_by_side"]
+    names = ["lifecycle", "prepared_sql", "drain", "heartbeat", "dispatch", "quotas", "versions_side_by_side"]
     files = [str(HERE / f"test_{name}.py") for name in names] + [str(HERE / "api" / "test_admission.py")]
     with postgres(tmp_path) as url:
         done = subprocess.run(

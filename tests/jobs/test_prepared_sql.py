@@ -4,6 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.db import connection
 from django.db.models import CharField, F, IntegerField, QuerySet, UUIDField
 from django.db.models.functions import Now
 from django.db.models.sql import InsertQuery, UpdateQuery
@@ -100,3 +101,35 @@ def test_lists_are_rounded_up_to_powers_of_two(count: int, places: int) -> None:
     assert rounded_up(count) == places
     values = listed("x", places, range(count))
     assert list(values.values()) == [*range(count), *[count - 1] * (places - count)]
+
+
+def _plans_of_this_connection() -> set[str]:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT statement FROM pg_prepared_statements WHERE name LIKE 'lorasite_%%'")
+        return {statement for (statement,) in cursor.fetchall()}
+
+
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="only PostgreSQL keeps plans; runs there as well")
+def test_postgresql_plans_a_statement_once_for_all_its_runs(make_job: MakeJob) -> None:
+    jobs = [make_job(), make_job()]
+    wanted = Parameter("job_id", UUIDField())
+    read = Read(lambda: Job.objects.filter(pk=wanted, stage="").exclude(stage="100 %s %").values_list("pk"))
+    before = _plans_of_this_connection()
+
+    assert [read.rows(job_id=job.pk) for job in jobs] == [[[job.pk]] for job in jobs]
+
+    (plan,) = _plans_of_this_connection() - before
+    assert "$1" in plan
+    assert "100 %s %" in plan
+
+
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="only PostgreSQL keeps plans; runs there as well")
+def test_nothing_is_planned_ahead_behind_a_pooler_of_transactions(make_job: MakeJob) -> None:
+    job, before = make_job(), _plans_of_this_connection()
+    read = Read(lambda: Job.objects.filter(pk=Parameter("job_id", UUIDField())).values_list("pk"))
+    connection.settings_dict["DISABLE_SERVER_SIDE_CURSORS"] = True
+    try:
+        assert read.rows(job_id=job.pk) == [[job.pk]]
+    finally:
+        connection.settings_dict["DISABLE_SERVER_SIDE_CURSORS"] = False
+    assert _plans_of_this_connection() == before
