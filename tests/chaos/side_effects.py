@@ -21,9 +21,9 @@ STORE = {"put_object", "upload_fileobj", "create_multipart_upload", "upload_part
 STORE |= {"abort_multipart_upload", "delete_object", "delete_objects"}
 BROKER_AND_PROCESSES = {"send", "send_task", "_exit", "kill", "killpg"}
 CALLS = frozenset(ROWS | FILES | STORE | BROKER_AND_PROCESSES)
-HARMLESS_RECEIVERS = frozenset({"digest", "spool", "columns", "sys", "stdout", "hashlib", "headers", "dataclasses"})
+HARMLESS_RECEIVERS = frozenset({"spool", "columns", "sys", "stdout", "hashlib", "headers", "dataclasses"})
 HARMLESS_RECEIVERS |= {"safetensors"}  # `safetensors.torch.save` returns bytes
-"""`digest.update` and the like change nothing that outlives the process."""
+"""Calls of these change nothing that outlives the process."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def _is_effect(call: ast.Call) -> bool:
     last = receiver.attr if isinstance(receiver, ast.Attribute) else getattr(receiver, "id", "")
     if last in HARMLESS_RECEIVERS or getattr(root, "id", "") in HARMLESS_RECEIVERS:
         return False
+    if function.attr == "update" and call.args:
+        return False  # Rows are updated by names only; by position, a dict, a set or a digest is.
     return not (function.attr == "replace" and _is_text_or_copy(call))
 
 

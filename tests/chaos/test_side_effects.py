@@ -31,11 +31,14 @@ def a(path, rows, text):
     path.replace(path)
     with side_effect("b.c"):
         rows.filter(x=1).update(y=2)
+    rows.update(**values)
     text.replace("a", "b")
     digest.update(b"")
+    self.waiting.update(dict.fromkeys(rows))
 """
     found = list(_effects_of(ast.parse(code), "x.py"))
     assert {(effect.text, effect.name) for effect in found} == {
         ("path.replace(path)", None),
+        ("rows.update(**values)", None),
         ("rows.filter(x=1).update(y=2)", "b.c"),
     }
