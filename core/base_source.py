@@ -7,9 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError
-
 from core.base_facts import BaseFacts, Family
 from core.errors import BaseModelError, ConfigError
 
@@ -18,6 +15,9 @@ OVERRIDES_NAME = "lorasite.json"
 
 DEFAULT_CLIP_SKIP = 2
 """Of both families; for SDXL it means the penultimate layers of its two text encoders."""
+
+SCALING_FACTOR = 0.18215
+"""Of a VAE whose configuration is older than the field."""
 
 FAMILIES: dict[str, Family] = {"StableDiffusionPipeline": "sd1", "StableDiffusionXLPipeline": "sdxl"}
 TOKENIZER_CLASSES = {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")}
@@ -66,27 +66,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def fetch_source(name: str) -> Path:
-    """The local folder of a base model: a path as it is, or a Hugging Face id, downloaded into the hub's cache.
-
-    Raises:
-        BaseModelError: Neither a folder here nor a model that can be downloaded.
-    """
-    if Path(name).exists():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise BaseModelError(f"{name} does not exist: give a pipeline folder, or a hub id such as owner/model")
-    try:
-        # Pickles and code are not even downloaded.
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise BaseModelError(
-            f"{name} is no folder here and cannot be downloaded ({(str(error).splitlines() or [repr(error)])[0]})"
-        ) from error
-
-
-def check_source(source: Path) -> None:
+def check_source(source: Path, vae: Path | None = None) -> None:
     """Refuse what is not a plain diffusers SD 1.x or SDXL pipeline in safetensors.
+
+    Args:
+        source: The pipeline's folder.
+        vae: A folder whose VAE takes the place of the pipeline's own: a pipeline, or the VAE itself.
 
     Raises:
         BaseModelError: Says which part is wrong and why.
@@ -119,6 +104,29 @@ def check_source(source: Path) -> None:
     scheduler = index.get("scheduler")
     if not isinstance(scheduler, list) or scheduler[0] != "diffusers":
         raise BaseModelError(f"{source}: scheduler is {scheduler}, expected one of diffusers")
+    if vae is not None:
+        _check_vae(source, vae)
+
+
+def _check_vae(source: Path, vae: Path) -> None:
+    """Whether another VAE has latents of the kind that the pipeline was trained with."""
+    own, other = read_json(source / "vae" / "config.json"), read_json(vae_folder(vae) / "config.json")
+    if other.get("_class_name") != "AutoencoderKL":
+        raise BaseModelError(f"{vae} holds a {other.get('_class_name')!r}: give a folder with an AutoencoderKL")
+    for name, default in (("latent_channels", 4), ("scaling_factor", SCALING_FACTOR), ("block_out_channels", (64,))):
+        values = [config.get(name, default) for config in (own, other)]
+        if name == "block_out_channels":
+            values = [len(value) for value in values]
+        if values[0] != values[1]:
+            raise BaseModelError(
+                f"the VAE of {vae} has {name} {values[1]}, {source} was trained with {values[0]}: "
+                "give a VAE of the same family"
+            )
+
+
+def vae_folder(folder: Path) -> Path:
+    """Where the VAE of a pipeline's folder is, or the folder itself, which is the VAE then."""
+    return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
 
 
 def family_of(source: Path) -> Family:
@@ -135,8 +143,12 @@ def _family(class_name: object) -> Family | None:
     return FAMILIES.get(class_name) if isinstance(class_name, str) else None
 
 
-def input_files(source: Path) -> dict[str, Path]:
+def input_files(source: Path, vae: Path | None = None) -> dict[str, Path]:
     """The files of a source that go into its preparation, by their names in it; all others are ignored.
+
+    Args:
+        source: The pipeline's folder.
+        vae: Of `check_source`; its files have the names of those that they replace.
 
     Raises:
         BaseModelError: A weight file is missing, split, or there only as a pickle.
@@ -144,8 +156,9 @@ def input_files(source: Path) -> dict[str, Path]:
     files = {"model_index.json": source / "model_index.json"}
     components = components_of(family_of(source))
     for name, stem in ((name, stem) for name, stem in WEIGHT_STEMS.items() if name in components):
-        files[f"{name}/config.json"] = source / name / "config.json"
-        weights = find_weights(source / name, stem)
+        folder = vae_folder(vae) if vae is not None and name == "vae" else source / name
+        files[f"{name}/config.json"] = folder / "config.json"
+        weights = find_weights(folder, stem)
         files[f"{name}/{weights.name}"] = weights
     files["scheduler/scheduler_config.json"] = source / "scheduler" / "scheduler_config.json"
     for tokenizer in (name for name in components if name.startswith("tokenizer")):

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.base_source import fetch_source
 from core.command_line import ProgressBar, add_config_options, parser, read_config
 from core.config import GenerateConfig
 from core.errors import ConfigError
 from core.file_hash import hash_file
 from core.generate import generate
+from core.hub_source import fetch_source
 from core.image_files import infotext, save_png
 from core.pipelines import load_base, pick_device
 from core.prepared_base import DEFAULT_CACHE_FOLDER, ensure_prepared

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from core.base_conversion import PARTS
 from core.base_facts import BaseFacts
 from core.base_source import read_json
 from core.errors import BaseModelError
 from core.mapped_weights import map_model
-from core.prepared_base import PARTS, open_prepared
+from core.prepared_base import open_prepared
 from core.quiet_libraries import quiet_libraries
 
 logger = logging.getLogger(__name__)

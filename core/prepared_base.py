@@ -5,7 +5,6 @@
 Called by the command lines and by the `prepare_base` job; never runs or unpickles anything of the source.
 """
 
-import json
 import logging
 import shutil
 import sys
@@ -16,20 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
+from core.base_conversion import write_json, write_parts
 from core.base_facts import BaseFacts
 from core.base_source import (
-    OVERRIDES_NAME,
-    WEIGHT_STEMS,
     check_source,
-    components_of,
-    family_of,
-    fetch_source,
-    find_weights,
     input_files,
     read_facts,
     read_json,
@@ -38,7 +27,8 @@ from core.command_line import parser, run_command
 from core.config import canonical_json_hash
 from core.errors import BaseModelError, ConfigError
 from core.file_hash import hash_file
-from core.progress import Progress, Report, silent
+from core.hub_source import fetch_source, hub_revision
+from core.progress import Report, silent
 from core.quiet_libraries import quiet_libraries
 
 logger = logging.getLogger(__name__)
@@ -53,12 +43,6 @@ CODE_VERSION = 1
 
 DTYPE_POLICY = "unet and text encoders as in the source, vae float32"
 LIBRARIES = ("torch", "diffusers", "transformers")
-PARTS: dict[str, Any] = {
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +62,13 @@ class PreparedBase:
     files: dict[str, str]
 
 
-def prepare_base(source: Path, destination: Path, *, report: Report = silent) -> PreparedBase:
+def prepare_base(source: Path, destination: Path, *, vae: Path | None = None, report: Report = silent) -> PreparedBase:
     """Convert a diffusers SD 1.x or SDXL pipeline folder, unless that is done. It appears complete or not at all.
 
     Args:
         source: The folder, weights in safetensors.
         destination: A new or empty folder, or a prepared base, which is replaced.
+        vae: A folder whose VAE takes the place of the source's own: a pipeline, or the VAE itself.
         report: Called after each part.
 
     Returns:
@@ -93,9 +78,9 @@ def prepare_base(source: Path, destination: Path, *, report: Report = silent) ->
         BaseModelError: The source is incomplete, unsafe or of another family, or the destination is in use.
     """
     quiet_libraries()
-    check_source(source)
+    check_source(source, vae)
     facts = read_facts(source)
-    inputs = _inputs(source)
+    inputs = _inputs(source, vae)
     fingerprint = canonical_json_hash(inputs)
     if ready := _ready(destination, fingerprint):
         return ready
@@ -104,11 +89,11 @@ def prepare_base(source: Path, destination: Path, *, report: Report = silent) ->
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
-        _write_parts(source, partial, report)
+        write_parts(input_files(source, vae), partial, report)
         files = {path: hash_file(partial / path) for path in _relative_files(partial)}
         sizes = {path: (partial / path).stat().st_size for path in files}
         manifest = {"format": FORMAT, "facts": facts.dump(), "fingerprint": fingerprint, "inputs": inputs}
-        _write_json(partial / MANIFEST_NAME, manifest | {"files": files, "sizes_bytes": sizes})
+        write_json(partial / MANIFEST_NAME, manifest | {"files": files, "sizes_bytes": sizes})
         partial.chmod(0o755)  # mkdtemp makes it readable by this user alone
         # Another process may have been quicker; what it put there may be in use already.
         if ready := _ready(destination, fingerprint):
@@ -199,74 +184,14 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _inputs(source: Path) -> dict[str, Any]:
-    return {"files": {name: hash_file(path) for name, path in input_files(source).items()}} | _environment()
-
-
-def _write_parts(source: Path, folder: Path, report: Report) -> None:
-    paths = input_files(source)
-    index = read_json(paths["model_index.json"])
-    # Safety checkers and the like are not used: null, so that diffusers does not look for them either.
-    kept = (*components_of(family_of(source)), "scheduler")
-    parts = {name: entry for name, entry in index.items() if name in kept}
-    absent: dict[str, Any] = {name: [None, None] for name in ("feature_extractor", "image_encoder")}
-    if index["_class_name"] == "StableDiffusionPipeline":
-        absent |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    elif "force_zeros_for_empty_prompt" in index:
-        absent["force_zeros_for_empty_prompt"] = bool(index["force_zeros_for_empty_prompt"])
-    header = {"_class_name": index["_class_name"], "_diffusers_version": version("diffusers")}
-    _write_json(folder / "model_index.json", header | absent | parts)
-    for name, path in paths.items():
-        if name.startswith(("tokenizer/", "tokenizer_2/", "scheduler/")) or name == OVERRIDES_NAME:
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / name)
-    models = {name: model_class for name, model_class in PARTS.items() if name in kept}
-    for step, (name, model_class) in enumerate(models.items(), start=1):
-        weights = find_weights(source / name, WEIGHT_STEMS[name])
-        dtype = torch.float32 if name == "vae" else _stored_dtype(weights)
-        _convert(model_class, weights, folder / name, dtype)
-        report(Progress(stage=f"preparing {name}", step=step, total=len(models)))
-
-
-def _convert(model_class: Any, weights: Path, destination: Path, dtype: torch.dtype) -> None:
-    """Load one part through its library, which renames weights of older files, and save it in `dtype`."""
-    try:
-        model, info = model_class.from_pretrained(
-            weights.parent,
-            dtype=dtype,
-            variant="fp16" if weights.name.endswith(".fp16.safetensors") else None,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BaseModelError(f"{weights} does not load ({error}): download the model again") from error
-    lacking = sorted(info["missing_keys"])
-    if lacking or info["mismatched_keys"]:
-        first = lacking[0] if lacking else sorted(info["mismatched_keys"])[0]
-        raise BaseModelError(f"{weights} does not fit its config.json (first: {first}): download the model again")
-    model.save_pretrained(destination, safe_serialization=True, max_shard_size="100GB")
-
-
-def _stored_dtype(weights: Path) -> torch.dtype:
-    """The dtype of the first floating-point weight of a file."""
-    try:
-        with safe_open(weights, framework="pt") as file:
-            names = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise BaseModelError(f"{weights} is not a safetensors file ({error}): download the model again") from error
-    for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
-        if name in names:
-            return dtype
-    raise BaseModelError(f"{weights} holds no weights in F32, BF16 or F16, only {sorted(names)}")
+def _inputs(source: Path, vae: Path | None = None) -> dict[str, Any]:
+    files = {name: hash_file(path) for name, path in input_files(source, vae).items()}
+    commits = {"revision": hub_revision(source), "vae_revision": vae and hub_revision(vae)}
+    return {"files": files} | {name: commit for name, commit in commits.items() if commit} | _environment()
 
 
 def _relative_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _put_in_place(partial: Path, destination: Path) -> None:
@@ -292,8 +217,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options.add_argument("source", help="pipeline folder, or a Hugging Face id such as owner/model")
     options.add_argument("destination", type=Path, help="new folder, or a prepared base to replace")
+    options.add_argument("--vae", help="folder or hub id whose VAE takes the place of the source's own")
     given = options.parse_args(arguments)
-    prepared = prepare_base(fetch_source(given.source), given.destination)
+    vae = fetch_source(given.vae) if given.vae else None
+    prepared = prepare_base(fetch_source(given.source), given.destination, vae=vae)
     sys.stdout.write(f"{prepared.folder}\nfingerprint {prepared.fingerprint}\n")
     for name, value in prepared.facts.dump().items():
         sys.stdout.write(f"{name} {value}\n")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import yaml
 
-from core.base_source import fetch_source
 from core.command_line import ProgressBar
 from core.config import PreprocessConfig, TrainConfig
 from core.errors import ConfigError
+from core.hub_source import fetch_source
 from core.manifest import PreparedDataset, read_dataset
 from core.pipelines import load_base, pick_device
 from core.prepared_base import DEFAULT_CACHE_FOLDER, ensure_prepared

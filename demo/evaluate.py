@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from core.base_source import fetch_source
 from core.config import GenerateConfig
 from core.generate import generate
+from core.hub_source import fetch_source
 from core.pipelines import LoadedBase, load_base
 from core.prepared_base import ensure_prepared
 from demo.base_judges import Judge, as_batch, renderings, train_judge
