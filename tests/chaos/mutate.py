@@ -111,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = sorted({test for mutation in chosen for test in mutation.tests})
         healthy = run_tests(folder, named, seconds=SECONDS_EACH * len(named))
         if healthy.returncode != 0:
-            sys.stdout.write(f"the tests are red without any bug ({healthy.returncode}):\n{(healthy.stdout + healthy.stderr)[-3000:]}\n")
+            said = (healthy.stdout + healthy.stderr)[-3000:]
+            sys.stdout.write(f"the tests are red without any bug ({healthy.returncode}):\n{said}\n")
             return 1
         caught = 0
         for mutation in chosen:
