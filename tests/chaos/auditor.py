@@ -98,6 +98,8 @@ class _Audit:
             self._pictures(job, promised)
         elif job["kind"] == "train":
             self._lora(job, promised)
+        elif job["kind"] == "import_lora":
+            self._import(job, promised)
         elif job["kind"] == "preprocess":
             version = self.evidence.dataset_versions.get(job_id)
             frozen = version is not None and bool(version["manifest_hash"])
@@ -156,6 +158,30 @@ class _Audit:
                 self._blob_is_right(job_id, sha256, name)
         for sample in run["samples"]:
             self._blob_is_right(job_id, sample["sha256"], "a sample picture")
+
+    def _import(self, job: Row, promised: Row | None) -> None:
+        """Each import of a run is into a LoRA of its own, so that a version which no import names is found too."""
+        job_id, asked = job["id"], self.evidence.imports.get(job["id"])
+        if promised is None or asked is None:
+            if job["state"] == "succeeded":
+                self._found("lost", job_id, "succeeded, and nobody knows what was to be imported")
+            return
+        versions = self.evidence.versions_by_name.get(promised["lora_name"], [])
+        if job["state"] != "succeeded":
+            if versions or asked["lora_version_id"] is not None:
+                self._found("duplicated", job_id, f"is {job['state']} and has {len(versions)} imported versions")
+            return
+        if not versions:
+            self._found("lost", job_id, "succeeded without an imported version")
+        if len(versions) > 1:
+            self._found("duplicated", job_id, f"has {len(versions)} imported versions")
+        if asked["lora_version_id"] not in [version["lora_version_id"] for version in versions]:
+            self._found("lost", job_id, f"does not name its version, but {asked['lora_version_id']}")
+        right = expected.sha256(expected.uploaded_bytes(promised["seed"]))
+        for version in versions:
+            if {version["kohya_sha256"], asked["sha256"]} != {right}:
+                self._found("duplicated", job_id, "the imported version has other bytes than were uploaded")
+            self._blob_is_right(job_id, version["kohya_sha256"], "the imported file", version["kohya_size_bytes"])
 
     def _blob_is_right(self, job_id: str, sha256: str, what: str, size_bytes: int | None = None) -> None:
         content = self._read(sha256)

@@ -99,6 +99,7 @@ class Database:
         self._connection.close()
 
 
+IDS = {"id", "job", "job_id", "request_id", "training_run_id", "lora_id", "lora_version_id"}
 TIMES = {
     "at",
     "started_at",
@@ -116,7 +117,7 @@ DOCUMENTS |= {"samples", "manifest", "files"}
 def _plain(name: str, value: Any) -> Any:
     if value is None:
         return None
-    if name in ("id", "job", "job_id", "request_id", "training_run_id", "lora_id") and not isinstance(value, int):
+    if name in IDS and not isinstance(value, int):
         return str(value).replace("-", "")
     if name in TIMES and isinstance(value, str):
         return datetime.fromisoformat(value).replace(tzinfo=UTC)

@@ -45,6 +45,8 @@ class Evidence:
     images: dict[str, list[Row]]  # by request
     runs: dict[str, Row]  # by job
     versions: dict[str, list[Row]]  # by training run
+    imports: dict[str, Row]  # by job
+    versions_by_name: dict[str, list[Row]]  # by the name of their LoRA
     dataset_versions: dict[str, Row]  # by job
     store: Blobs
     submitted: dict[str, Row] = field(default_factory=dict)
@@ -119,7 +121,11 @@ def collect(database: Database, journals: Path, store: Blobs) -> Evidence:
         "SELECT request_id, number, seed, sha256, size_bytes FROM jobs_generatedimage ORDER BY number"
     )
     runs = database.rows("SELECT id AS training_run_id, job_id AS job, lora_name, samples FROM jobs_trainingrun")
-    versions = database.rows("SELECT training_run_id, kohya_sha256, kohya_size_bytes, peft_files FROM jobs_loraversion")
+    versions = database.rows(
+        "SELECT v.id AS lora_version_id, v.training_run_id, v.kohya_sha256, v.kohya_size_bytes, v.peft_files, "
+        "l.name AS lora_name FROM jobs_loraversion v JOIN jobs_lora l ON l.id = v.lora_id ORDER BY v.number"
+    )
+    imports = database.rows("SELECT job_id AS job, lora_name, sha256, lora_version_id FROM jobs_loraimport")
     frozen = database.rows("SELECT job_id AS job, manifest_hash, manifest FROM jobs_datasetversion")
     evidence = Evidence(
         jobs={row["id"]: row for row in jobs},
@@ -130,6 +136,8 @@ def collect(database: Database, journals: Path, store: Blobs) -> Evidence:
         images=_by("request_id", images),
         runs={row["job"]: row for row in runs},
         versions=_by("training_run_id", versions),
+        imports={row["job"]: row for row in imports},
+        versions_by_name=_by("lora_name", versions),
         dataset_versions={row["job"]: row for row in frozen},
         store=store,
     )

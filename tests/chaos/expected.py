@@ -1,13 +1,17 @@
-"""The arithmetic of the fake trainer and pipeline: which bytes each job must end with. Pure functions.
+"""The arithmetic of the fake trainer and pipeline, and of uploads: which bytes each job must end with. Pure functions.
 
-The fakes compute with them, the auditor checks against them; nothing here comes from the product.
+The fakes and the workload compute with them, the auditor checks against them; nothing here comes from the product.
 """
 
 import hashlib
+import json
 import struct
 import zlib
 
 SIDE_PX = 32
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+LAYER_WIDTH = 32
+RANK = 2
 
 
 def chain_start(seed: int, steps: int, lora_name: str) -> str:
@@ -49,9 +53,34 @@ def picture_bytes(prompt: str, seed: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + _part(b"IHDR", header) + _part(b"IDAT", data) + _part(b"IEND", b"")
 
 
+def uploaded_bytes(seed: int) -> bytes:
+    """A real kohya LoRA file of one layer, float32, whose numbers follow from the seed."""
+    count = RANK * LAYER_WIDTH
+    digests = b"".join(hashlib.sha256(f"upload/{seed}/{part}".encode()).digest() for part in range(2 * count // 32))
+    layer = f"lora_unet_{LAYER.replace('.', '_')}"
+    shapes = {f"{layer}.lora_down.weight": [RANK, LAYER_WIDTH], f"{layer}.lora_up.weight": [LAYER_WIDTH, RANK]}
+    return _safetensors(shapes, struct.pack(f"<{2 * count}f", *(byte / 255 - 0.5 for byte in digests)))
+
+
+def base_weights() -> bytes:
+    """The weights file of a base that has this one layer, all zero."""
+    return _safetensors({f"{LAYER}.weight": [LAYER_WIDTH, LAYER_WIDTH]}, bytes(4 * LAYER_WIDTH * LAYER_WIDTH))
+
+
 def sha256(content: bytes) -> str:
     """Hex digest."""
     return hashlib.sha256(content).hexdigest()
+
+
+def _safetensors(shapes: dict[str, list[int]], numbers: bytes) -> bytes:
+    """Float32 tensors one after the other: length of the header, header, numbers."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * shape[0] * shape[1]
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + numbers
 
 
 def _part(name: bytes, data: bytes) -> bytes:

@@ -25,27 +25,32 @@ CREATE TABLE jobs_jobevent (id INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT, a
 CREATE TABLE jobs_generationrequest (id TEXT, job_id TEXT);
 CREATE TABLE jobs_generatedimage (request_id TEXT, number INTEGER, seed INTEGER, sha256 TEXT, size_bytes INTEGER);
 CREATE TABLE jobs_trainingrun (id TEXT, job_id TEXT, lora_name TEXT, samples TEXT);
-CREATE TABLE jobs_loraversion (training_run_id TEXT, kohya_sha256 TEXT, kohya_size_bytes INTEGER, peft_files TEXT);
+CREATE TABLE jobs_lora (id TEXT, name TEXT);
+CREATE TABLE jobs_loraversion (id TEXT, lora_id TEXT, number INTEGER, training_run_id TEXT, kohya_sha256 TEXT,
+    kohya_size_bytes INTEGER, peft_files TEXT);
+CREATE TABLE jobs_loraimport (job_id TEXT, lora_name TEXT, sha256 TEXT, lora_version_id TEXT);
 CREATE TABLE jobs_datasetversion (job_id TEXT, manifest_hash TEXT, manifest TEXT);
 """
-GENERATION, TRAINING = "a" * 32, "b" * 32
-PROMPT, SEED, STEPS, LORA = "a red apple", 7, 8, "apples"
+GENERATION, TRAINING, IMPORT = "a" * 32, "b" * 32, "e" * 32
+PROMPT, SEED, STEPS, LORA, BROUGHT = "a red apple", 7, 8, "apples", "pears"
 NOON = 1_800_000_000  # wall clock seconds; the rows' times are counted from here
 
 
 class Record:
-    """What a quiet run leaves behind: one generation of two pictures; one training, killed once, ended by token 2."""
+    """What a quiet run leaves behind: two pictures; a LoRA trained by token 2, token 1 was killed; one imported."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.journals = folder, folder / "journals"
         self.sql = sqlite3.connect(folder / "record.sqlite3", isolation_level=None)
         self.sql.executescript("PRAGMA synchronous=OFF; PRAGMA journal_mode=MEMORY;" + TABLES)
+        self.sql.executemany("INSERT INTO jobs_lora VALUES (?, ?)", [(LORA, LORA), (BROUGHT, BROUGHT)])
         self.database = Database(f"sqlite:///{folder}/record.sqlite3")
         self.database.install_history()
         self.workload = journal.Journal(self.journals / "workload.jsonl")
         self.monkey = journal.Journal(self.journals / "monkey.jsonl")
         self._generation()
         self._training()
+        self._import()
 
     def audit(self) -> Report:
         return audit(database=self.database, journals=self.journals, store=FolderBlobs(self.folder / "store"))
@@ -147,9 +152,28 @@ class Record:
         state = state or expected.chain(SEED, STEPS, LORA, STEPS)
         content = expected.kohya_bytes(state)
         peft = {"adapter_model.safetensors": self.put(expected.adapter_bytes(state))}
-        row = ["t" * 32, self.put(content), len(content), json.dumps(peft)]
-        self.sql.execute("INSERT INTO jobs_loraversion VALUES (?,?,?,?)", row)
-        return str(row[1])
+        return self.lora_version(LORA, content, training_run="t" * 32, peft=peft)
+
+    def imported(self, seed: int = SEED) -> str:
+        """Another version of the brought LoRA; its id."""
+        return self.lora_version(BROUGHT, expected.uploaded_bytes(seed))
+
+    def lora_version(
+        self, name: str, content: bytes, *, training_run: str | None = None, peft: dict[str, str] | None = None
+    ) -> str:
+        (number,) = self.sql.execute("SELECT COUNT(*) FROM jobs_loraversion WHERE lora_id = ?", [name]).fetchone()
+        row = [f"{name} {number}", name, number + 1, training_run, self.put(content), len(content)]
+        self.sql.execute("INSERT INTO jobs_loraversion VALUES (?,?,?,?,?,?,?)", [*row, json.dumps(peft or {})])
+        return str(row[0])
+
+    def _import(self) -> None:
+        self.job(IMPORT, "import_lora", seed=SEED, lora_name=BROUGHT)
+        self.change(IMPORT, "running", 1, attempts_count=1)
+        self.change(IMPORT, "uploading", 1)
+        asked = [IMPORT, BROUGHT, self.put(expected.uploaded_bytes(SEED)), self.imported()]
+        self.sql.execute("INSERT INTO jobs_loraimport VALUES (?,?,?,?)", asked)
+        self.change(IMPORT, "succeeded", 1, used_worker_seconds=1.0)
+        self.attempt(IMPORT, 1, 7, 8, "succeeded")
 
 
 def time(seconds: float | None) -> str | None:
@@ -227,14 +251,47 @@ def second_lora_version(record: Record) -> None:
 
 
 def other_bytes(record: Record) -> None:
-    record.sql.execute("DELETE FROM jobs_loraversion")
+    record.sql.execute("DELETE FROM jobs_loraversion WHERE lora_id = ?", [LORA])
     record.version(expected.chain(SEED, STEPS, LORA, STEPS - 1))
 
 
+def import_without_a_version(record: Record) -> None:
+    record.sql.execute("DELETE FROM jobs_loraversion WHERE lora_id = ?", [BROUGHT])
+
+
+def import_of_a_lost_row(record: Record) -> None:
+    record.sql.execute("DELETE FROM jobs_loraimport")
+
+
+def import_names_another_version(record: Record) -> None:
+    record.sql.execute("UPDATE jobs_loraimport SET lora_version_id = (SELECT id FROM jobs_loraversion LIMIT 1)")
+
+
+def imported_file_missing(record: Record) -> None:
+    record.blob(expected.sha256(expected.uploaded_bytes(SEED))).unlink()
+
+
+def imported_twice(record: Record) -> None:
+    record.imported()
+
+
+def other_bytes_imported(record: Record) -> None:
+    record.sql.execute("DELETE FROM jobs_loraversion WHERE lora_id = ?", [BROUGHT])
+    record.imported(SEED + 1)
+
+
+def version_of_a_cancelled_import(record: Record) -> None:
+    cancelled_after_all(record, IMPORT)
+
+
 def results_of_a_cancelled_job(record: Record) -> None:
-    record.workload.write("cancel", job=GENERATION, answer="running")
+    cancelled_after_all(record, GENERATION)
+
+
+def cancelled_after_all(record: Record, job: str) -> None:
+    record.workload.write("cancel", job=job, answer="running")
     record.sql.execute("DROP TRIGGER chaos_remember")
-    record.sql.execute("UPDATE jobs_job SET state = 'cancelled' WHERE id = ?", [GENERATION])
+    record.sql.execute("UPDATE jobs_job SET state = 'cancelled' WHERE id = ?", [job])
     record.sql.execute("UPDATE jobs_jobevent SET new_state = 'cancelled' WHERE new_state = 'succeeded'")
     record.sql.execute("UPDATE chaos_history SET new_state = 'cancelled' WHERE new_state = 'succeeded'")
 
@@ -326,6 +383,13 @@ def published_after_a_final_cancel(record: Record) -> None:
         ("duplicated", picture_doubled, "asked for 2 pictures"),
         ("duplicated", second_lora_version, "2 LoRA versions"),
         ("duplicated", other_bytes, "other bytes"),
+        ("lost", import_without_a_version, "without an imported version"),
+        ("lost", import_of_a_lost_row, "nobody knows what was to be imported"),
+        ("lost", import_names_another_version, "does not name its version"),
+        ("lost", imported_file_missing, "the imported file is not in the store"),
+        ("duplicated", imported_twice, "2 imported versions"),
+        ("duplicated", other_bytes_imported, "other bytes than were uploaded"),
+        ("duplicated", version_of_a_cancelled_import, "is cancelled and has 1 imported versions"),
         ("duplicated", results_of_a_cancelled_job, "is cancelled and has 2 pictures"),
         ("duplicated", one_key_twice, "idempotency key"),
         ("duplicated", charged_twice, "is charged 10.00 s"),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.chaos import journal
+from tests.chaos import expected, journal
 
 PEOPLE = 4
 
@@ -31,10 +31,13 @@ class Workload:
         from django.db import transaction
 
         from jobs.models import User
-        from tests.factories import make_base_model, make_dataset, make_dataset_version
+        from tests.factories import make_base_model, make_dataset, make_dataset_version, store_bytes
 
         self._people = [User.objects.create_user(f"person{number}") for number in range(PEOPLE)]
         self._base = make_base_model(name="chaos base")
+        weights, _ = store_bytes(expected.base_weights())
+        self._base.files |= {"unet/diffusion_pytorch_model.safetensors": weights}
+        self._base.save()
         self._datasets = [make_dataset(person, pictures=2) for person in self._people]
         with transaction.atomic():  # the factories end these first jobs themselves
             self._versions = [
@@ -48,7 +51,7 @@ class Workload:
         number, draw = self.submitted, self._random.random()
         index = self._random.randrange(PEOPLE)
         request: dict[str, Any] = {"number": number, "key": f"chaos-{number}", "owner": index}
-        if draw < 0.65:
+        if draw < 0.6:
             values = {
                 "prompt": f"picture {number} {self._random.getrandbits(32):08x}",
                 "seed": self._random.randrange(1_000_000),
@@ -57,7 +60,7 @@ class Workload:
             }
             request |= {"kind": "generate", **values}
             call = lambda: self._generate(index, values, request["key"])  # noqa: E731
-        elif draw < 0.95:
+        elif draw < 0.88:
             values = {
                 "steps": self._random.randint(8, 40),
                 "seed": self._random.randrange(1_000_000),
@@ -65,6 +68,10 @@ class Workload:
             }
             request |= {"kind": "train", "lora_name": f"lora {number}", **values}
             call = lambda: self._train(index, values, request["lora_name"], request["key"])  # noqa: E731
+        elif draw < 0.94:
+            seed = self._random.randrange(1_000_000)
+            request |= {"kind": "import_lora", "lora_name": f"brought {number}", "seed": seed}
+            call = lambda: self._import(index, seed, request["lora_name"], request["key"])  # noqa: E731
         else:
             request |= {"kind": "preprocess"}
             call = lambda: self._preprocess(index, request["key"])  # noqa: E731
@@ -128,9 +135,24 @@ class Workload:
             owner=self._people[index], dataset=self._datasets[index], config=config, idempotency_key=key
         )
 
+    def _import(self, index: int, seed: int, lora_name: str, key: str) -> Any:
+        from jobs.lora_imports import lora_import_submit
+        from tests.factories import lora_file
+
+        return lora_import_submit(
+            owner=self._people[index],
+            base_model=self._base,
+            lora_name=lora_name,
+            file=lora_file(f"{lora_name}.safetensors", expected.uploaded_bytes(seed)),
+            idempotency_key=key,
+        )
+
     def _insist(self, call: Callable[[], Any]) -> Any:
-        """Until it is answered; the database may be cut off at any moment."""
+        """Until it is answered; database and store may be cut off at any moment."""
+        from botocore.exceptions import BotoCoreError, ClientError
         from django.db import DatabaseError, connection
+
+        from jobs.backoff import is_transient
 
         while True:
             try:
@@ -138,7 +160,11 @@ class Workload:
             except DatabaseError as error:
                 self.journal.write("database_error", error=str(error)[:200])
                 connection.close()
-                time.sleep(0.2)
+            except (OSError, BotoCoreError, ClientError) as error:
+                if not is_transient(error):
+                    raise
+                self.journal.write("store_error", error=str(error)[:200])
+            time.sleep(0.2)
 
 
 def main() -> None:
