@@ -105,12 +105,13 @@ def prepare_base(source: Path, destination: Path, *, vae: Path | None = None, re
     return open_prepared(destination)
 
 
-def open_prepared(folder: Path, *, verify: bool = False) -> PreparedBase:
+def open_prepared(folder: Path, *, verify: bool = False, only: str = "") -> PreparedBase:
     """Open a prepared base, if its fingerprint still fits its inputs, these libraries and this code.
 
     Args:
         folder: Written by `prepare_base`.
         verify: Also hash every file (about 1 s per GB); without it sizes are compared.
+        only: Look at no other files than those whose names begin so.
 
     Raises:
         BaseModelError: Not prepared, damaged, or stale: the text says which, and to prepare it again.
@@ -130,7 +131,7 @@ def open_prepared(folder: Path, *, verify: bool = False) -> PreparedBase:
     if stale:
         was, now = inputs.get(stale[0]), _environment()[stale[0]]
         raise BaseModelError(f"{folder} is stale: {stale[0]} was {was}, is now {now}: prepare the base again")
-    for path, sha256 in files.items():
+    for path, sha256 in ((path, sha256) for path, sha256 in files.items() if path.startswith(only)):
         size_bytes = (folder / path).stat().st_size if (folder / path).is_file() else None
         if size_bytes != sizes.get(path):
             raise BaseModelError(

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class PipelinePool:
     Args:
         size: At most so many bases, >= 1.
         folder_of: Returns the prepared folder of a base on this machine.
+        vae_of: A context that gives the folder of a base's VAE, fetching nothing else; None: the whole base's.
         budget_bytes: At most so many bytes of weights, as measured after loading; 0 for no limit. The base that is
             asked for stays whatever its size.
         attention: Of `gpu_worker.attention.choose_attention`.
@@ -50,8 +52,10 @@ class PipelinePool:
         attention: str = "sdpa",
         channels_last: bool = False,
         compiled: bool = False,
+        vae_of: Callable[[BaseRef], AbstractContextManager[Path]] | None = None,
     ) -> None:
         self._size, self._device, self._folder_of = max(1, size), device, folder_of
+        self._vae_of = vae_of or (lambda ref: nullcontext(folder_of(ref) / "vae"))
         self._budget_bytes, self._attention = budget_bytes, attention
         self._channels_last, self._compiled = channels_last, compiled
         self._loaded: OrderedDict[str, LoadedBase] = OrderedDict()
@@ -121,8 +125,8 @@ class PipelinePool:
     def _vae(self, ref: BaseRef, base: LoadedBase) -> Any:
         vae = self._vaes.get(ref.fingerprint)
         if vae is None or any(parameter.dtype != torch.float32 for parameter in vae.parameters()):
-            folder = self._folder_of(ref) / "vae"
-            vae = map_model(AutoencoderKL, folder, dtype=torch.float32, device=torch.device(self._device))
+            with self._vae_of(ref) as folder:
+                vae = map_model(AutoencoderKL, folder, dtype=torch.float32, device=torch.device(self._device))
             self._vaes[ref.fingerprint] = vae
             while len(self._vaes) > VAES_KEPT:
                 self._vaes.popitem(last=False)

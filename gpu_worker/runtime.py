@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from core.errors import CoreError
-from gpu_worker.base_folders import base_folder
+from gpu_worker.base_folders import base_folder, lent_vae
 from gpu_worker.errors import RuntimeNotReady
 from gpu_worker.pipelines import PipelinePool
 from gpu_worker.settings import BaseRef, WorkerSettings
@@ -46,6 +46,7 @@ def start(settings: WorkerSettings, warm: Sequence[BaseRef]) -> Runtime:
         size=max(settings.pool_size, len(warm) + 1),
         device=settings.device,
         folder_of=lambda ref: base_folder(ref, settings.cache_folder, settings.fetch),
+        vae_of=lambda ref: lent_vae(ref, settings.cache_folder, settings.fetch),
         budget_bytes=settings.pool_bytes,
         attention=settings.attention,
         channels_last=settings.channels_last,

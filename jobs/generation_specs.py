@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import UUID
 
+from django.db.models import Q
+
 from core.config import GenerateConfig
 from core.prompt_syntax import parse_prompt
 from jobs.errors import InvalidInput, NotFound, NotReady
@@ -68,6 +70,35 @@ def picture_sha256(owner: User, picture_id: UUID) -> str:
         if found is not None:
             return found
     raise NotFound(f"there is no picture {picture_id} among your uploaded, generated and dataset pictures")
+
+
+def vae_lender(base_model: BaseModel, wanted: str | None) -> BaseModel | None:
+    """The base model whose VAE is to decode instead of the model's own; None where that is not asked for.
+
+    Args:
+        base_model: Prepared.
+        wanted: Name or fingerprint.
+
+    Raises:
+        InvalidInput: No base model is called so, or its VAE has latents of another kind.
+        NotReady: It is not prepared.
+    """
+    if wanted is None:
+        return None
+    lender = BaseModel.objects.filter(Q(name=wanted) | (Q(fingerprint=wanted) & ~Q(fingerprint=""))).first()
+    if lender is None:
+        names = BaseModel.objects.ready().values_list("name", flat=True)
+        raise InvalidInput(f"vae {wanted!r} is no base model whose VAE could be used; there are: {_listed(names)}")
+    if not lender.fingerprint:
+        raise NotReady(f"base model {lender.name!r} is not prepared yet: its VAE cannot be used")
+    own, other = base_model.base_facts(), lender.base_facts()
+    for fact in ("family", "latent_channels", "vae_factor"):
+        if getattr(own, fact) != getattr(other, fact):
+            raise InvalidInput(
+                f"the VAE of {lender.name!r} does not fit base model {base_model.name!r}: {fact} is "
+                f"{getattr(other, fact)}, must be {getattr(own, fact)}"
+            )
+    return lender
 
 
 def pictures_read(config: GenerateConfig) -> list[str]:

@@ -16,7 +16,7 @@ from jobs import quotas
 from jobs.artifacts import artifacts_pin
 from jobs.errors import Conflict, IdempotencyMismatch, InvalidInput, NotReady
 from jobs.estimates import estimated_seconds, generation_units, preprocess_units, training_units
-from jobs.generation_specs import pictures_read, read_prompts
+from jobs.generation_specs import pictures_read, read_prompts, vae_lender
 from jobs.lifecycle import job_created
 from jobs.models import (
     BaseModel,
@@ -242,8 +242,8 @@ def generation_submit(
     Raises:
         core.errors.ConfigError: A value is out of range.
         NotReady: The base model is not prepared.
-        InvalidInput: A size does not fit the base model, a LoRA belongs to another base model, or it is more work than
-            one request may ask for.
+        InvalidInput: A size or the VAE does not fit the base model, a LoRA belongs to another base model, or it is
+            more work than one request may ask for.
     """
     facts = _facts(base_model)
     native = {"width": facts.native_size_px, "height": facts.native_size_px}
@@ -258,6 +258,7 @@ def generation_submit(
             f"both sides must be multiples of {step} px"
         )
     _check_clip_skip(config.clip_skip, base_model)
+    lender = vae_lender(base_model, config.vae)
     if len({version.pk for version, _ in loras}) < len(loras):
         raise InvalidInput("a LoRA version is named twice: name it once, with the sum of its weights")
     for version, _ in loras:
@@ -283,13 +284,13 @@ def generation_submit(
         idempotency_key=idempotency_key,
         request={"base_model": str(base_model.pk), **config.dump()},
         units=generation_units(config),
-        batch_key=generation_batch_key(config, base_model),
+        batch_key=generation_batch_key(config, base_model, lender),
         spec_version=config.spec_version,
         attach=attach,
     )
 
 
-def generation_batch_key(config: GenerateConfig, base_model: BaseModel) -> str:
+def generation_batch_key(config: GenerateConfig, base_model: BaseModel, lender: BaseModel | None) -> str:
     """What two requests must have in common to share a run of `core.generate`; "" for one that runs alone.
 
     A run has one model, one VAE and one tensor shape. Prompts, seeds, steps, guidance, samplers and LoRAs are each
@@ -297,9 +298,9 @@ def generation_batch_key(config: GenerateConfig, base_model: BaseModel) -> str:
     """
     if config.count > PICTURES_PER_BATCH or config.exact:
         return ""
-    shared: dict[str, Any] = config.model_dump(mode="json", include={"width", "height", "vae"})
+    shared: dict[str, Any] = config.model_dump(mode="json", include={"width", "height"})
     shared["hires_scale"] = config.hires.scale if config.hires else None
-    shared["base"] = base_model.fingerprint
+    shared |= {"base": base_model.fingerprint, "vae": lender and lender.fingerprint}
     return canonical_json_hash(shared)
 
 
@@ -317,9 +318,10 @@ def base_preparation_submit(*, owner: User, base_model: BaseModel) -> Job:
         BaseModel.objects.filter(pk=base_model.pk).update(job=job)
         base_model.job = job
 
-    return job_submit(
-        owner=owner, kind=JobKind.PREPARE_BASE, spec={"source": base_model.source}, base_model=base_model, attach=attach
-    )
+    spec = {"source": base_model.source}
+    if base_model.vae_source:
+        spec["vae_source"] = base_model.vae_source
+    return job_submit(owner=owner, kind=JobKind.PREPARE_BASE, spec=spec, base_model=base_model, attach=attach)
 
 
 def _facts(base_model: BaseModel) -> Any:

@@ -32,12 +32,12 @@ class BaseModelAdmin(ModelAdmin):
 
     def get_fields(self, request: HttpRequest, obj: BaseModel | None = None) -> list[str]:
         """A new base needs a name and a source; facts appear once it is prepared."""
-        chosen = ["name", "source", "keep_warm"]
+        chosen = ["name", "source", "vae_source", "keep_warm"]
         return chosen if obj is None else chosen + list(self.readonly_fields)
 
     def get_readonly_fields(self, request: HttpRequest, obj: BaseModel | None = None) -> list[str]:
-        """Name and source identify what LoRAs were trained on, so they stay."""
-        return list(self.readonly_fields) if obj is None else ["name", "source", *self.readonly_fields]
+        """Name and sources identify what LoRAs were trained on, so they stay."""
+        return list(self.readonly_fields) if obj is None else ["name", "source", "vae_source", *self.readonly_fields]
 
     @display(description="Usable", boolean=True)
     def usable(self, base: BaseModel) -> bool:

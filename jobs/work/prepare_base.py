@@ -24,7 +24,7 @@ class PrepareBaseWork:
         self.hold.alive(
             patience_seconds=DOWNLOAD_SECONDS
         )  # the source may be a hub's: nothing is heard until it is here
-        self.prepared = self._run(Path(self.base_model.source), self.folder, self.hold.report)
+        self.prepared = self._run(self.base_model.source, self.folder, self.hold.report, self.base_model.vae_source)
 
     def files(self) -> list[Path]:
         """The prepared folder's."""

@@ -154,7 +154,7 @@ def _prepare_base() -> None:
     from jobs.submission import base_preparation_submit
     from tests.factories import DEMO_FACTS
 
-    def run(source: Path, destination: Path, report: Any) -> Any:
+    def run(source: str, destination: Path, report: Any, vae_source: str) -> Any:
         destination.mkdir(parents=True)
         (destination / "manifest.json").write_text("{}")
         (destination / "unet.safetensors").write_bytes(b"weights")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from core import prepared_base
 from core.errors import BaseModelError
 from core.file_cache import FileCache
 from core.prepared_base import open_prepared
 from gpu_worker import base_folders
-from gpu_worker.base_folders import base_folder
+from gpu_worker.base_folders import base_folder, lent_vae
 from gpu_worker.settings import BaseRef
 
 Fetch = Callable[[str], Path]
@@ -68,6 +69,56 @@ def test_files_of_another_base_are_refused(tmp_path: Path, bases: list[BaseRef],
     mixed_up = dataclasses.replace(bases[0], files=bases[1].files)
     with pytest.raises(BaseModelError, match="prepare it again"):
         base_folder(mixed_up, tmp_path, fetch)
+
+
+def test_a_base_of_other_libraries_is_refused_with_how_to_prepare_it_again(
+    tmp_path: Path, bases: list[BaseRef], fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base_folder(bases[0], tmp_path, fetch)
+    monkeypatch.setattr(prepared_base, "version", lambda name: "99.0")
+    with pytest.raises(BaseModelError, match=r"stale: library_versions was .*`manage\.py base prepare base0`"):
+        base_folder(bases[0], tmp_path, fetch)
+    with pytest.raises(BaseModelError, match=r"stale: library_versions was .*`manage\.py base prepare base1`"):
+        base_folder(bases[1], tmp_path, fetch)
+    with (
+        pytest.raises(BaseModelError, match=r"stale: library_versions was .*`manage\.py base prepare base1`"),
+        lent_vae(bases[1], tmp_path / "elsewhere", fetch),
+    ):
+        pass
+
+
+def test_a_lent_vae_is_all_that_is_fetched_of_its_base(tmp_path: Path, bases: list[BaseRef], fetch: Fetch) -> None:
+    fetched: list[str] = []
+
+    def count(sha256: str) -> Path:
+        fetched.append(sha256)
+        return fetch(sha256)
+
+    with lent_vae(bases[0], tmp_path, count) as folder:
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    names = sorted(name for name, sha256 in bases[0].files.items() if sha256 in fetched)
+    assert names == [
+        "manifest.json",
+        "model_index.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    assert list((tmp_path / "bases").iterdir()) == []
+
+
+def test_a_lent_vae_of_a_base_that_is_here_is_its_own_folders(
+    tmp_path: Path, bases: list[BaseRef], fetch: Fetch
+) -> None:
+    folder = base_folder(bases[0], tmp_path, fetch)
+    with lent_vae(bases[0], tmp_path, fetch) as vae:
+        assert vae == folder / "vae"
+    assert vae.is_dir()
+
+
+def test_the_vae_of_another_base_than_recorded_is_refused(tmp_path: Path, bases: list[BaseRef], fetch: Fetch) -> None:
+    mixed_up = dataclasses.replace(bases[0], files=bases[1].files)
+    with pytest.raises(BaseModelError, match="prepare it again"), lent_vae(mixed_up, tmp_path, fetch):
+        pass
 
 
 def test_the_cache_removes_no_folder_that_this_process_uses(

@@ -113,3 +113,28 @@ def test_waiting_for_a_base_that_is_ready_ends_at_once(operator: User, tmp_path:
     base("add", str(tmp_path), "--name", "tiny")
     BaseModel.objects.filter(name="tiny").update(fingerprint="f" * 64)
     assert "ready ffffffffffff" in base("add", str(tmp_path), "--name", "tiny", "--wait")
+
+
+def test_a_base_may_take_its_vae_from_elsewhere(operator: User, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    base("add", "owner/sd15", "--vae", str(tmp_path / "vae" / ".." / "vae"), "--name", "tiny")
+    row = BaseModel.objects.get(name="tiny")
+    assert row.vae_source == str((tmp_path / "vae").resolve())
+    assert row.job is not None
+    assert row.job.spec == {"source": "owner/sd15", "vae_source": row.vae_source}
+    with pytest.raises(CommandError, match=r"is registered with .*vae: choose another --name"):
+        base("add", "owner/sd15", "--name", "tiny")
+
+
+def test_a_base_that_is_ready_is_prepared_again_when_asked(operator: User, tmp_path: Path) -> None:
+    base("add", str(tmp_path), "--name", "tiny")
+    first = Job.objects.get()
+    with pytest.raises(CommandError, match="is being prepared already"):
+        base("prepare", "tiny")
+    Job.objects.update(state=JobState.SUCCEEDED, finished_at=first.created_at)
+    BaseModel.objects.update(fingerprint="f" * 64)
+    assert "tiny: submitted again, preparation is job" in base("prepare", "tiny")
+    assert BaseModel.objects.get().job != first
+    assert "ready ffffffffffff, preparation queued" in base("list")
+    with pytest.raises(CommandError, match="there is no base model 'other'"):
+        base("prepare", "other")
