@@ -26,7 +26,7 @@ from core.image_guidance import (
 )
 from core.latent_preview import preview_factors, preview_jpeg
 from core.lora_utils import apply_lora
-from core.memory_ladder import GENERATION_RUNGS, GenerationMemory
+from core.memory_ladder import GENERATION_RUNGS, GenerationMemory, VaeSaving
 from core.pipelines import LoadedBase
 from core.progress import Progress, Report, silent
 from core.text_encoding import TextCondition
@@ -147,7 +147,7 @@ def generate_as_they_come(
                 try:
                     drawing.tell()
                     for track in drawing.ended():
-                        _go_on(base, run, drawing, track, frugal=memory.frugal_vae)
+                        _go_on(base, run, drawing, track, saving=memory.vae)
                 except Interrupted as interruption:
                     finish(drawing, interruption)
                 else:
@@ -182,17 +182,17 @@ def _begin_what_fits(base: LoadedBase, run: DenoisingRun, drawings: Iterable[Dra
             room -= len(seeds)
 
 
-def _go_on(base: LoadedBase, run: DenoisingRun, drawing: Drawing, track: Track, *, frugal: bool) -> None:
+def _go_on(base: LoadedBase, run: DenoisingRun, drawing: Drawing, track: Track, *, saving: VaeSaving) -> None:
     """After the last step of a track: a second pass at a larger size where one is asked for, else pictures."""
     config, mask, original = drawing.request.config, drawing.request.mask, drawing.request.init_picture
     if drawing.wants_second_pass(track):
-        source = enlarge_latents(base, track.latents, config, frugal=frugal)  # (n, c, H, W)
+        source = enlarge_latents(base, track.latents, config, saving=saving)  # (n, c, H, W)
         larger = second_pass(config, base.facts.bucket_step_px)
         second = _track_of(base, drawing, larger, drawing.seeds_of(track), source=source)
         drawing.go_on(track, second)
         run.join(second)
         return
-    pictures = to_pictures(decode_latents(base, track.latents, frugal=frugal))  # from (n, 3, h, w)
+    pictures = to_pictures(decode_latents(base, track.latents, saving=saving))  # from (n, 3, h, w)
     if mask is not None and original is not None:
         pictures = [paste_masked(picture, original, mask) for picture in pictures]
     drawing.end(track, pictures)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from core.config import GenerateConfig
 from core.errors import BaseModelError, ConfigError
 from core.image_gate import normalise, open_image
+from core.memory_ladder import NO_SAVING, VaeSaving
 from core.pipelines import LoadedBase
 from core.vae import decode_latents, encode_to_posterior
 
@@ -152,14 +153,16 @@ def second_pass(config: GenerateConfig, step_px: int) -> GenerateConfig:
     )
 
 
-def enlarge_latents(base: LoadedBase, latents: Tensor, config: GenerateConfig, *, frugal: bool = False) -> Tensor:
+def enlarge_latents(
+    base: LoadedBase, latents: Tensor, config: GenerateConfig, *, saving: VaeSaving = NO_SAVING
+) -> Tensor:
     """Latents of the first pass at the size of the second.
 
     Args:
         base: Its VAE decodes and encodes where the upscaler works on pixels.
         latents: (n, c, h, w) fp32, the end of the first pass.
         config: The request with `hires`.
-        frugal: As in `core.vae.decode_latents`.
+        saving: As in `core.vae.decode_latents`.
 
     Returns:
         (n, c, H, W) fp32 on the base's device, clean: what `noisy_start` takes.
@@ -171,7 +174,7 @@ def enlarge_latents(base: LoadedBase, latents: Tensor, config: GenerateConfig, *
         return functional.interpolate(latents, size=size, mode="bilinear", antialias=False)  # (n, c, H, W)
     rows = []
     for latent in latents:
-        pixels = decode_latents(base, latent[None], frugal=frugal)[0]  # (3, h, w) in [0, 1]
+        pixels = decode_latents(base, latent[None], saving=saving)[0]  # (3, h, w) in [0, 1]
         bytes_ = (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()  # (h, w, 3)
         picture = Image.fromarray(bytes_).resize((larger.width, larger.height), Image.Resampling.LANCZOS)
         rows.append(picture_latents(base, picture))  # (1, c, H, W)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from core.memory_ladder import NO_SAVING, VaeSaving
 from core.pipelines import LoadedBase, assert_vae_fp32
 
 
@@ -25,23 +26,23 @@ def encode_to_posterior(base: LoadedBase, pixels: Tensor) -> tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def decode_latents(base: LoadedBase, latents: Tensor, *, frugal: bool = False) -> Tensor:
+def decode_latents(base: LoadedBase, latents: Tensor, *, saving: VaeSaving = NO_SAVING) -> Tensor:
     """Pictures of latents.
 
     Args:
         base: Its VAE decodes.
         latents: (n, c, h, w), any float dtype; cast to the VAE's dtype here, so a half-precision UNet cannot
             pull the decoder down to half precision, which shifts colours and gives black pictures.
-        frugal: Picture by picture, and pictures above the VAE's native size in overlapping tiles that are blended.
-            Slices change nothing but rounding; tiles see less of their surroundings, which shows as slight shifts.
+        saving: Of memory, for time.
 
     Returns:
         (n, 3, h * factor, w * factor) fp32 in [0, 1] on the base's device.
     """
     assert_vae_fp32(base)
     latents = latents.to(base.device, base.vae.dtype) / float(base.vae.config.scaling_factor)  # (n, c, h, w)
-    if frugal:
+    if saving.slicing:
         base.vae.enable_slicing()
+    if saving.tiling:
         base.vae.enable_tiling()
     try:
         pixels: Tensor = base.vae.decode(latents).sample  # (n, 3, H, W) in about [-1, 1]

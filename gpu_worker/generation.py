@@ -17,7 +17,7 @@ from core.generate import generate_as_they_come
 from core.image_files import ENDINGS, infotext, save_picture
 from core.image_guidance import read_init_picture, read_mask
 from core.lora_utils import apply_lora, sshs_model_hash
-from core.memory_ladder import generation_memory
+from core.memory_ladder import GenerationMemory, generation_memory
 from core.pipelines import LoadedBase
 from core.progress import Progress, Report
 from core.text_encoding import resolve_clip_skip
@@ -97,7 +97,9 @@ def run_generations(
     pipeline = "reused" if base_fingerprint in pool.fingerprints() else "loaded"
     base = pool.get(ref, BaseRef(**vae) if vae else None)
     says = f"base={base_name} pipeline={pipeline} attention={pool.attention_of(ref)}"
-    run = _Run(base, says, base_name, memory_rung, on_done, join)
+    settings = runtime.current().settings
+    memory = generation_memory(memory_rung, slicing=settings.vae_slicing, tiling=settings.vae_tiling)
+    run = _Run(base, says, base_name, memory, on_done, join)
     run.serve(orders)
 
 
@@ -119,13 +121,13 @@ class _Run:
         base: LoadedBase,
         says: str,
         base_name: str,
-        memory_rung: int,
+        memory: GenerationMemory,
         on_done: Callable[[Order, Result], None],
         join: Callable[[int], Sequence[Order]],
     ) -> None:
         self._base, self._says, self._base_name = base, says, base_name
         self._loras = resident_loras(base.unet)
-        self._memory = generation_memory(memory_rung)
+        self._memory = memory
         self._on_done, self._join = on_done, join
         self._waiting: dict[Order, list[HeldLora] | None] = {}  # with its LoRAs, once they are read
         self._orders: dict[Request, _Drawn] = {}

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.memory_ladder import Switch
+
 Fetch = Callable[[str], Path]
 """SHA-256 in, local verified file out; the file must not be written to."""
 
@@ -20,6 +22,7 @@ class WorkerSettings:
         pool_size: Base models kept loaded at once, the warm ones included; >= 1.
         pool_bytes: Weights of base models kept loaded at once; 0 for no limit.
         attention: "sdpa", "xformers" or "sliced".
+        vae_slicing, vae_tiling: "auto" (when memory ran out), "on" or "off"; see `core.memory_ladder`.
         channels_last, compiled: Of the UNet on CUDA.
     """
 
@@ -30,6 +33,8 @@ class WorkerSettings:
     pool_size: int = 2
     pool_bytes: int = 0
     attention: str = "sdpa"
+    vae_slicing: Switch = "auto"
+    vae_tiling: Switch = "auto"
     channels_last: bool = False
     compiled: bool = False
 

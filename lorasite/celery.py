@@ -172,6 +172,8 @@ def _come_up() -> None:
                 pool_size=settings.LORASITE["POOL_SIZE"],
                 pool_bytes=settings.LORASITE["POOL_BYTES"],
                 attention=settings.LORASITE["ATTENTION"],
+                vae_slicing=settings.LORASITE["VAE_SLICING"],
+                vae_tiling=settings.LORASITE["VAE_TILING"],
                 channels_last=settings.LORASITE["CHANNELS_LAST"],
                 compiled=settings.LORASITE["TORCH_COMPILE"],
             ),

@@ -100,6 +100,13 @@ class Environment(BaseSettings):
     attention: Literal["sdpa", "xformers", "sliced"] = Field(
         "sdpa", description="Attention kernel; xformers where a call proves that it works; sliced takes least memory."
     )
+    vae_slicing: Literal["auto", "on", "off"] = Field(
+        "auto", description="Decode picture by picture; auto: when memory ran out. Same pictures, to rounding."
+    )
+    vae_tiling: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Decode large pictures in blended tiles; auto: when memory ran out. Colours shift slightly.",
+    )
     channels_last: bool = Field(False, description="Lay convolutions out for tensor cores (CUDA only).")
     torch_compile: bool = Field(False, description="Compile the UNet's blocks at first use (CUDA only; takes minutes).")
     log_format: Literal["console", "json"] = Field("console", description="console for people, json for machines.")

@@ -173,6 +173,8 @@ LORASITE: dict[str, Any] = {
     "POOL_BYTES": ENVIRONMENT.pool_bytes,
     "IDLE_SECONDS": ENVIRONMENT.idle_seconds,
     "ATTENTION": ENVIRONMENT.attention,
+    "VAE_SLICING": ENVIRONMENT.vae_slicing,
+    "VAE_TILING": ENVIRONMENT.vae_tiling,
     "CHANNELS_LAST": ENVIRONMENT.channels_last,
     "TORCH_COMPILE": ENVIRONMENT.torch_compile,
 }

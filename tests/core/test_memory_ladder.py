@@ -8,7 +8,15 @@ from PIL import Image
 from core.checkpoint import RunIdentity
 from core.config import GenerateConfig, TrainConfig
 from core.generate import generate
-from core.memory_ladder import GENERATION_RUNGS, generation_memory, training_at, training_rungs
+from core.memory_ladder import (
+    FRUGAL,
+    GENERATION_RUNGS,
+    NO_SAVING,
+    VaeSaving,
+    generation_memory,
+    training_at,
+    training_rungs,
+)
 from core.pipelines import LoadedBase
 from core.randomness import normal
 from core.vae import decode_latents
@@ -62,13 +70,33 @@ def test_a_request_that_does_not_fit_succeeds_on_the_first_rung_that_does(
 def test_slices_decode_the_same_and_tiles_nearly_the_same_and_neither_stays_switched_on(tiny_base: LoadedBase) -> None:
     native = normal((3, 4, 16, 16), 1, "latents")  # 64 px, the native size: sliced only
     large = normal((1, 4, 32, 32), 1, "latents")  # 128 px: sliced and tiled
-    assert torch.allclose(decode_latents(tiny_base, native, frugal=True), decode_latents(tiny_base, native), atol=1e-5)
-    tiled, whole = decode_latents(tiny_base, large, frugal=True), decode_latents(tiny_base, large)
+    assert torch.allclose(
+        decode_latents(tiny_base, native, saving=FRUGAL), decode_latents(tiny_base, native), atol=1e-5
+    )
+    tiled, whole = decode_latents(tiny_base, large, saving=FRUGAL), decode_latents(tiny_base, large)
     assert tiled.shape == whole.shape
     assert (tiled - whole).abs().mean() < 0.05
     assert not torch.equal(tiled, whole), "the tiles are really there"
     assert not tiny_base.vae.use_slicing
     assert not tiny_base.vae.use_tiling
+
+
+def test_slices_and_tiles_can_be_switched_on_and_off_whatever_the_rung() -> None:
+    assert generation_memory(0).vae == NO_SAVING
+    assert generation_memory(1).vae == FRUGAL
+    assert generation_memory(0, slicing="on").vae == VaeSaving(slicing=True)
+    assert generation_memory(0, tiling="on").vae == VaeSaving(tiling=True)
+    assert generation_memory(4, tiling="off").vae == VaeSaving(slicing=True)
+    assert generation_memory(4, slicing="off", tiling="off").vae == NO_SAVING
+    assert generation_memory(4, tiling="off").pictures_per_forward == 1
+
+
+def test_each_saving_alone_does_only_its_own(tiny_base: LoadedBase) -> None:
+    large = normal((2, 4, 32, 32), 1, "latents")
+    whole = decode_latents(tiny_base, large)
+    assert torch.allclose(decode_latents(tiny_base, large, saving=VaeSaving(slicing=True)), whole, atol=1e-5)
+    tiled = decode_latents(tiny_base, large, saving=VaeSaving(tiling=True))
+    assert (tiled - whole).abs().max() > 1e-3
 
 
 def test_a_training_saves_memory_first_by_checkpointing_and_then_by_halves() -> None:
