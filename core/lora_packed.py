@@ -22,7 +22,7 @@ from core.lora_state import LoraLayer, ModuleUpdate, flat_name
 RANK_CLASSES = (8, 16, 32, 64, 128)
 ALIGNMENT = 16  # numbers; a matrix starts where a tensor of its own would, so kernels do the same work on it
 TEXT_WORDS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-_MAGIC = b"lspack01"
+_MAGIC = b"lspack02"
 _CODES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _HEAD = struct.Struct("<8s32sII")  # magic, layout fingerprint, dtype code, modules
 
@@ -79,12 +79,13 @@ class SlotLayout:
 
 
 def text_encoder_modules(text_encoder: nn.Module) -> list[str]:
-    """The linear layers of a CLIP text encoder that LoRAs change: attention and MLP."""
-    return [
+    """The linear layers of a CLIP text encoder that LoRAs change: attention, then MLP, which many leave alone."""
+    names = [
         name
         for name, module in text_encoder.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in TEXT_WORDS
     ]
+    return sorted(names, key=lambda name: name.rpartition(".")[2] in ("fc1", "fc2"))
 
 
 def rank_class(layers: Mapping[str, ModuleUpdate]) -> int | None:
@@ -127,6 +128,11 @@ class PackedLora:
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
 
+    @property
+    def used(self) -> int:
+        """Numbers up to the end of the last module that the LoRA changes; the rest is neither copied nor saved."""
+        return used_numbers(self.layout, self.ranks)
+
     def save(self, path: Path) -> None:
         """Write the file that `open` and `LoraSlots.load` read; goes to its name as a whole."""
         count = len(self.ranks)
@@ -136,7 +142,7 @@ class PackedLora:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
         with temporary.open("wb") as file:
             file.write(head.ljust(header_size(self.layout), b"\0"))
-            file.write(_bytes(self.flat.contiguous()))
+            file.write(_bytes(self.flat[: self.used].contiguous()))
         temporary.replace(path)
 
     @staticmethod
@@ -146,7 +152,7 @@ class PackedLora:
         Raises:
             LoraFileError: It is of another layout or dtype, or has not the bytes it should have.
         """
-        flat = torch.empty(layout.numel, dtype=dtype)
+        flat = torch.zeros(layout.numel, dtype=dtype)
         ranks, alphas = read_packed(path, layout, flat)
         return PackedLora(layout=layout, flat=flat, ranks=ranks, alphas=alphas)
 
@@ -181,6 +187,14 @@ def header_size(layout: SlotLayout) -> int:
     return math.ceil((_HEAD.size + 12 * len(layout.names)) / 64) * 64
 
 
+def used_numbers(layout: SlotLayout, ranks: Sequence[int]) -> int:
+    """Where the last module of a rank above 0 ends in a layout."""
+    last = next((number for number in reversed(range(len(ranks))) if ranks[number]), None)
+    if last is None:
+        return 0
+    return layout.starts[last + 1][0] if last + 1 < len(ranks) else layout.numel
+
+
 def read_packed(path: Path, layout: SlotLayout, into: Tensor) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Read a packed file's numbers straight into memory with one system call.
 
@@ -200,16 +214,14 @@ def read_packed(path: Path, layout: SlotLayout, into: Tensor) -> tuple[tuple[int
     descriptor = os.open(path, os.O_RDONLY)
     try:
         length = os.fstat(descriptor).st_size
-        read = os.preadv(descriptor, [head, body], 0) if length == len(head) + len(body) else 0
+        read = os.preadv(descriptor, [head, body], 0) if len(head) <= length <= len(head) + len(body) else 0
         while 0 < read < length:  # only above 2 GB, or where a signal came between
-            got = os.preadv(descriptor, [body[read - len(head) :]], read)
+            got = os.preadv(descriptor, [body[read - len(head) :]], read) if read >= len(head) else 0
             read = read + got if got else 0
     finally:
         os.close(descriptor)
     if read != length or not read:
-        raise LoraFileError(
-            f"packed LoRA {path.name} has {length} bytes, {len(head) + len(body)} expected: pack it again"
-        )
+        raise LoraFileError(f"packed LoRA {path.name} has {length} bytes, not those of this layout: pack it again")
     magic, fingerprint, code, count = _HEAD.unpack_from(head)
     expected = (_MAGIC, bytes.fromhex(layout.fingerprint), _CODES[into.dtype], len(layout.names))
     if (magic, fingerprint, code, count) != expected:
@@ -218,6 +230,9 @@ def read_packed(path: Path, layout: SlotLayout, into: Tensor) -> tuple[tuple[int
     ranks: tuple[int, ...] = numbers[:count]
     if max(ranks, default=0) > layout.rank or min(ranks, default=0) < 0:
         raise LoraFileError(f"packed LoRA {path.name} has ranks beyond {layout.rank}: pack it again")
+    whole = len(head) + used_numbers(layout, ranks) * into.element_size()
+    if length != whole:
+        raise LoraFileError(f"packed LoRA {path.name} has {length} bytes, {whole} expected: pack it again")
     return ranks, numbers[count:]
 
 

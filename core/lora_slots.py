@@ -127,7 +127,8 @@ class LoraSlots:
             else:
                 if lora.layout.fingerprint != self.layout.fingerprint or lora.flat.dtype != self.dtype:
                     raise LoraFileError("this LoRA is packed for another layout or dtype: pack it again")
-                self._slab[slot].copy_(lora.flat, non_blocking=True)
+                used = lora.used
+                self._slab[slot, :used].copy_(lora.flat[:used], non_blocking=True)
                 contents = (lora.ranks, lora.alphas)
         except BaseException:
             if any(slot == used for row in self._rows for used, _ in row):

@@ -217,6 +217,28 @@ def through_peft_alone(unet: nn.Module, slots: LoraSlots, state: LoraState) -> t
     return through_peft(unet, [(state, 1.0)])
 
 
+def test_a_lora_of_the_first_modules_has_a_short_file_and_leaves_nothing_of_the_one_before(
+    unet: nn.Module, slots: LoraSlots, states: list[LoraState], tmp_path: Path
+) -> None:
+    path = tmp_path / "few.packed"
+    few = LoraState(unet={name: states[0].unet[name] for name in slots.layout.names[:5]})
+    packed = pack(few.unet, slots.layout, torch.float32)
+    packed.save(path)
+    assert packed.used == slots.layout.starts[5][0]
+    assert path.stat().st_size < 0.2 * packed.flat.nbytes
+    assert torch.equal(PackedLora.open(path, slots.layout, torch.float32).flat, packed.flat)
+    expected = through_peft(unet, [(few, 1.0)])
+    for source in (packed, path):
+        slots.load(3, pack(states[1].unet, slots.layout, torch.float32))
+        slots.load(3, source)
+        slots.activate([[(3, 1.0)]] * 2)
+        assert torch.equal(unet_output(unet, DIM), expected)
+        slots.deactivate()
+    path.write_bytes(path.read_bytes() + bytes(64))
+    with pytest.raises(LoraFileError, match="pack it again"):
+        slots.load(3, path)
+
+
 def test_what_slots_cannot_serve_is_said(unet: nn.Module, slots: LoraSlots, states: list[LoraState]) -> None:
     layout = slots.layout
     name = layout.names[0]
