@@ -98,7 +98,8 @@ class Environment(BaseSettings):
         900.0, ge=1, le=604_800, description="A base that is not warm is given back when nobody asked for it so long."
     )
     attention: Literal["sdpa", "xformers", "sliced"] = Field(
-        "sdpa", description="Attention kernel; xformers where a call proves that it works; sliced where SDPA is not frugal."
+        "sdpa",
+        description="Attention kernel; xformers where a call proves that it works; sliced where SDPA is not frugal.",
     )
     vae_slicing: Literal["auto", "on", "off"] = Field(
         "auto", description="Decode picture by picture; auto: when memory ran out. Same pictures, to rounding."

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_a_record_of_another_source_file_is_refused(made: tuple[Path, Path], tmp
 def test_another_version_of_one_library_makes_it_stale(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
-    folder, version = _copy(made, tmp_path), prepared_base.version
+    folder = _copy(made, tmp_path)
     monkeypatch.setattr(prepared_base, "version", lambda name: "99.0" if name == library else version(name))
 
     with pytest.raises(BaseModelError, match=rf"stale: library_versions was .*, is now .*{library}.: .99\.0.*again"):
