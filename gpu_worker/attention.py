@@ -27,7 +27,7 @@ def choose_attention(unet: Any, wanted: str, device: str, dtype: torch.dtype) ->
     """Set up a UNet's attention; returns the kernel's name for the log.
 
     Args:
-        wanted: "sdpa", "xformers" (SDPA where it does not work) or "sliced" (slowest; saves memory where SDPA has only its plain kernel).
+        wanted: "sdpa", "xformers" (SDPA where it does not work) or "sliced" (slowest, for where SDPA is not frugal).
     """
     if wanted == "sliced":
         unet.set_attention_slice("max")
