@@ -8,9 +8,9 @@ import hashlib
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol, cast
+from typing import IO, Any, BinaryIO, Protocol, TypeVar, cast
 
 from django.core.files import File
 from django.core.files.storage import default_storage
@@ -23,6 +23,8 @@ from jobs.models import Artifact
 from jobs.models.record import SHA256_PATTERN
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 CHUNK_BYTES = 1 << 20
 SPOOL_BYTES = 8 << 20
@@ -192,6 +194,23 @@ def artifact_open(sha256: str) -> IO[bytes]:
         spool.close()
         logger.error("artifact read with another hash sha256=%s found=%s read=%d of %d", sha256, found, number, READS)
     raise ArtifactDamaged(f"artifact {sha256} holds bytes of another hash ({found}); restore a backup")
+
+
+def artifact_begin(sha256: str, read: Callable[[IO[bytes], int], Result]) -> Result:
+    """What `read` makes of the first bytes of a blob and its size, which are NOT verified: the rest stays in the store.
+
+    For headers that a strict parser judges and whose numbers decide nothing but whether a file fits. All other reads
+    take `artifact_open` or `artifact_download`.
+
+    Raises:
+        ArtifactMissing: The store does not have it.
+    """
+    name = artifact_name(sha256)
+    size = blob_store().sizes([name]).get(name)
+    if size is None:
+        raise ArtifactMissing(f"blob {sha256[:12]} is not in the store: store it again")
+    with blob_store().open(name, "rb") as stream:
+        return read(stream, size)
 
 
 def artifact_download(sha256: str, destination: Path) -> str:

@@ -240,6 +240,7 @@ def add_lora_version(lora: Lora, *, number: int, training_run: TrainingRun | Non
     header_end = 8 + int.from_bytes(content[:8], "little")
     peft_sha256, _ = store_bytes(lora_bytes())
     config_sha256, _ = store_bytes(json.dumps({"r": 2, "number": next(_numbers)}).encode())
+    diffusers_sha256, _ = store_bytes(lora_bytes())
     return LoraVersion.objects.create(
         owner=lora.owner,
         lora=lora,
@@ -249,6 +250,7 @@ def add_lora_version(lora: Lora, *, number: int, training_run: TrainingRun | Non
         kohya_size_bytes=size_bytes,
         model_hash=hashlib.sha256(content[header_end:]).hexdigest(),
         peft_files={"adapter_config.json": config_sha256, "adapter_model.safetensors": peft_sha256},
+        diffusers_sha256=diffusers_sha256,
         facts={"rank": 2, "alpha": 2.0},
     )
 

@@ -10,8 +10,8 @@ from core.errors import LoraFileError
 from core.failpoints import side_effect
 from core.lora_gate import judge_lora
 from core.lora_header import LoraHeader, parse_header
-from jobs.artifacts import artifact_name, artifact_put, artifacts_pin, blob_store
-from jobs.errors import ArtifactDamaged
+from jobs.artifacts import artifact_begin, artifact_put, artifacts_pin
+from jobs.errors import ArtifactDamaged, ArtifactMissing
 from jobs.heartbeat import Hold
 from jobs.models import BaseModel, Lora, LoraImport, LoraVersion
 from jobs.node_cache import node_cache
@@ -82,11 +82,11 @@ def stored_shapes(base_model: BaseModel) -> BaseShapes:
     files = cast(dict[str, str], base_model.files)
 
     def header_of(file: str) -> LoraHeader:
-        name = artifact_name(files[file])
-        size = blob_store().sizes([name]).get(name)
-        if size is None:
-            raise ArtifactDamaged(f"{file} of base model {base_model.name!r} is not in the store: prepare it again")
-        with blob_store().open(name, "rb") as stream:
-            return parse_header(stream, size, file)
+        try:
+            return artifact_begin(files[file], lambda stream, size: parse_header(stream, size, file))
+        except ArtifactMissing as error:
+            raise ArtifactDamaged(
+                f"{file} of base model {base_model.name!r} is not in the store: prepare it again"
+            ) from error
 
     return shapes_of_files(sorted(files), header_of, base_model.name)

@@ -65,7 +65,8 @@ def test_img2img_says_how_strongly_it_was_changed() -> None:
         GenerateConfig(prompt="a red apple", seed=7),
         GenerateConfig(
             prompt="several\nlines, (red:1.2): \"quoted\"", negative_prompt="blurry,\ndark", seed=7, steps=8,
-            guidance=2.5, sampler="dpmpp_2m_sde", schedule="exponential", width=640, height=384, clip_skip=2, vae="my,vae",
+            guidance=2.5, sampler="dpmpp_2m_sde", schedule="exponential", width=640, height=384, clip_skip=2,
+            vae="my,vae",
         ),
         GenerateConfig(prompt="x", seed=7, sampler="euler_a", hires=HiresConfig(scale=1.5, denoising_strength=0.4)),
         GenerateConfig(prompt="x", seed=7, sampler="heun", schedule="automatic", clip_skip=3),

@@ -114,7 +114,13 @@ def test_a_finished_training_leaves_files_samples_and_figures(
         config, tiny_base, dataset, tmp_path, seen.append, lambda folder, step: kept.append((folder.name, step)),
         name="cats",
     )  # fmt: skip
-    assert {path.name for path in tmp_path.iterdir()} == {"cats.safetensors", "cats-peft", "samples", "checkpoints"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "cats.safetensors",
+        "cats-peft",
+        "cats-diffusers",
+        "samples",
+        "checkpoints",
+    }
     assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == [
         "step-000000", "step-000005", "step-000008",
     ]  # fmt: skip

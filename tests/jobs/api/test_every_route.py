@@ -86,6 +86,7 @@ def home(owner: User) -> Home:
         "lora-import": {"lora_import_id": imported.pk},
         "lora-version-file": {"version_id": lora_version.pk},
         "lora-version-peft": {"version_id": lora_version.pk},
+        "lora-version-diffusers": {"version_id": lora_version.pk},
         "image": {"image_id": picture.pk},
         "image-file": {"image_id": picture.pk},
     }
