@@ -17,12 +17,13 @@ from safetensors.numpy import load, save
 
 from core.prepared_base import prepare_base
 from jobs import tasks
-from jobs.artifacts import artifact_open, artifact_put
+from jobs.artifacts import artifact_name, artifact_open, artifact_put, blob_store
 from jobs.models import BaseModel, GeneratedImage, Job, Lora, LoraImport, LoraVersion, User
 from jobs.node_cache import node_cache
 from jobs.retry import job_retry
 from jobs.status import JobState
 from jobs.submission import generation_submit
+from jobs.work.import_lora import ImportLoraWork
 from jobs.worker_context import WorkerContext
 from tests.conftest import MakeClient
 from tests.factories import lora_bytes, lora_file, make_base_model, make_lora, store_bytes
@@ -204,6 +205,32 @@ def test_a_second_import_of_the_name_is_the_next_version(
     send(api, base, lora_file(content=lora_bytes()))
     work(context)
     assert sorted(LoraVersion.objects.values_list("number", flat=True)) == [1, 2]
+
+
+def test_an_import_whose_bytes_vanished_before_the_record_stores_them_again(
+    api: APIClient, base: BaseModel, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until its record a sweep may take a file that nothing else names; here it comes right after the storing."""
+    store, stored = ImportLoraWork.store, []
+
+    def store_and_be_swept(work: ImportLoraWork) -> None:
+        store(work)
+        stored.append(work.lora_import.sha256)
+        if len(stored) == 1:
+            blob_store().delete(artifact_name(stored[0]))
+
+    monkeypatch.setattr(ImportLoraWork, "store", store_and_be_swept)
+    job = send(api, base).json()
+    work(context)
+    assert not LoraVersion.objects.exists()
+    for upload in context.uploader._pending:
+        upload.due_at = 0.0
+    context.uploader.turn()
+    assert api.get(job["url"]).json()["state"] == "succeeded"
+    version = LoraVersion.objects.get()
+    with artifact_open(version.kohya_sha256) as stream:
+        assert len(stream.read()) == version.kohya_size_bytes
+    assert len(stored) == 2
 
 
 def test_the_admin_has_a_form_that_says_what_is_wrong(base: BaseModel, client: Client, db: None) -> None:
