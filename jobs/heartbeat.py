@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from django.conf import settings
-from django.db import DatabaseError, connection
+from django.db import connection
 
 from core.errors import Cancelled, Interrupted, Paused
 from core.progress import Progress
@@ -226,16 +226,19 @@ class Heartbeat:
                 hold.renewed(asked_at)
                 hold.cancelled = hold.cancelled or job_id in answer.cancelled
                 hold.yielding = hold.yielding or job_id in answer.yielding
-                if preview := hold.take_preview():
-                    preview_write(job_id=job_id, token=hold.token, preview=preview)
         worker_beat(worker=self._worker, warm_bases=self._warm_bases())
+        for job_id, hold in holds.items():
+            # Last: a look that cannot be shown costs no lease.
+            if not hold.fenced and (preview := hold.take_preview()):
+                preview_write(job_id=job_id, token=hold.token, preview=preview)
 
     def _run(self) -> None:
         while not self._stop.wait(settings.LORASITE["HEARTBEAT_SECONDS"]):
             try:
                 self.beat()
-            except DatabaseError:
-                # The work goes on; `Hold.check` stops it before the lease can have run out.
+            except Exception:
+                # Whatever it was: without this thread every job of the process would be lost, one after the other. The
+                # work goes on; `Hold.check` stops it before the lease can have run out.
                 logger.exception("heartbeat failed worker=%s", self._worker)
                 connection.close()
         connection.close()

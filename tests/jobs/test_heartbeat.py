@@ -1,10 +1,13 @@
 """The heartbeat: leases stay, progress arrives, wishes come back, and silence stops the work in time."""
 
+import time
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 from django.conf import settings
 
+from core import failpoints
 from core.errors import Cancelled, Paused
 from core.progress import Progress
 from jobs import lifecycle
@@ -127,3 +130,36 @@ def test_a_beat_shows_the_newest_preview_and_none_of_a_lost_lease(held: tuple[He
     Job.objects.filter(pk=hold.job.pk).update(token=hold.token + 1)
     heartbeat.beat()
     assert JobPreview.objects.get(job=hold.job).step == 2
+
+
+@pytest.mark.django_db(transaction=True)
+def test_leases_are_renewed_after_a_beat_that_failed_in_any_way(
+    held: tuple[Heartbeat, Hold], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heartbeat, hold = held
+    hold.report(Progress(stage="denoising", step=1, total=9, preview=b"look"))
+    monkeypatch.setitem(settings.LORASITE, "HEARTBEAT_SECONDS", 0.02)
+    failures: list[str] = []
+
+    def fail_once(point: str) -> None:
+        if point == "preview.write:before" and not failures:
+            failures.append(point)
+            raise ValueError("nobody expects this")
+
+    def renewed_after(moment: datetime | None) -> bool:
+        for _ in range(500):
+            hold.job.refresh_from_db()
+            if failures and moment and hold.job.lease_until and hold.job.lease_until > moment:
+                return True
+            time.sleep(0.01)
+        return False
+
+    failpoints.install(fail_once)
+    try:
+        heartbeat.start()
+        assert renewed_after(hold.job.lease_until)
+        assert renewed_after(hold.job.lease_until), "and again, after the failure"
+    finally:
+        failpoints.install(None)
+        heartbeat.stop()
+    assert failures == ["preview.write:before"]
