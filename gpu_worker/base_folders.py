@@ -45,8 +45,7 @@ def base_folder(ref: BaseRef, cache_folder: Path, fetch: Fetch) -> Path:
                 if not folder.is_dir():  # Otherwise another process finished the same folder first.
                     raise
         finally:
-            with side_effect("base_folder.clean_up"):
-                shutil.rmtree(part, ignore_errors=True)
+            _clean_up(part)
     _check(folder, ref)
     return folder
 
@@ -69,8 +68,12 @@ def lent_vae(ref: BaseRef, cache_folder: Path, fetch: Fetch) -> Iterator[Path]:
         _check(part, ref, only=f"{VAE}/")
         yield part / VAE
     finally:
-        with side_effect("base_folder.clean_up"):
-            shutil.rmtree(part, ignore_errors=True)
+        _clean_up(part)
+
+
+def _clean_up(part: Path) -> None:
+    with side_effect("base_folder.clean_up"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _check(folder: Path, ref: BaseRef, *, only: str = "") -> None:
