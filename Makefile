@@ -8,6 +8,9 @@ BIN    := $(VENV)/bin
 TORCH_INDEX ?=
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+# Processes of `make test` that test side by side. Each takes up to 2 GB.
+TESTERS ?= 2
+
 # Two torch threads on a shared 2-core machine are up to 30 times slower than one.
 export OMP_NUM_THREADS ?= 1
 
@@ -40,8 +43,11 @@ demo: setup  ## The whole main job on the demo model, through REST; ends with pi
 up: setup  ## Start the studio on this machine: one terminal, one URL, one login
 	$(BIN)/python manage.py studio
 
-test: setup-dev  ## All tests, on real servers (under 25 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not gpu" tests
+test: setup-dev  ## All tests, on real servers: side by side, then those that need the machine for themselves
+	@failed=0; \
+	$(BIN)/python -m pytest -m "not gpu and not alone" -n $(TESTERS) --dist loadfile --no-loadscope-reorder tests || failed=1; \
+	$(BIN)/python -m pytest -m "alone and not gpu" tests || failed=1; \
+	exit $$failed
 
 test-gpu: setup-dev  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests

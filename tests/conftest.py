@@ -1,4 +1,7 @@
-"""People and their API clients, and a view of the artifact store. For every test that touches the records."""
+"""People and their API clients, and a view of the artifact store. For every test that touches the records.
+
+Also says which tests run while another process tests as well (`make test`): all but those marked `alone`.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,19 @@ from rest_framework.test import APIClient
 from jobs.models import ApiKey, User
 
 MakeClient = Callable[[User], APIClient]
+
+ALONE_FOLDER = Path(__file__).parent / "e2e"
+"""Whole sites, several processes each, with leases of some seconds: these take both cores by themselves."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark whole sites as `alone`, and let files with slow tests come first: a long one at the end runs by itself."""
+    for item in items:
+        if ALONE_FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.alone)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture

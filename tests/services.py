@@ -21,14 +21,42 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from core.die_with_parent import die_with_parent
 
+PORTS = range(10_000, 22_000)
+"""These and their neighbours lie below those that the kernel gives to outgoing connections, which come at any time."""
+_claims: list[socket.socket] = []
 
-def free_ports(count: int) -> list[int]:
-    """Distinct ports that nobody listens on right now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+
+def free_ports(count: int, *, neighbour: int = 0) -> list[int]:
+    """Distinct ports that nobody listens on and no other test process was given; they are this one's until it ends.
+
+    Args:
+        count: How many.
+        neighbour: Distance to a second port that must be free beside each.
+
+    Raises:
+        AssertionError: There are not so many.
+    """
+    found: list[int] = []
+    first = os.getpid() * 31
+    for port in (PORTS[(first + step) % len(PORTS)] for step in range(len(PORTS))):
+        if len(found) == count:
+            break
+        if all(_is_free(candidate) and _claim(candidate) for candidate in {port, port + neighbour}):
+            found.append(port)
+    assert len(found) == count, "no free ports"
+    return found
+
+
+def _claim(port: int) -> bool:
+    """Whether it is ours now. The claim is a name among abstract sockets, which ends with its process."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0lorasite-test-port-{port}")
+    except OSError:
+        claim.close()
+        return False
+    _claims.append(claim)
+    return True
 
 
 @contextmanager
@@ -139,8 +167,8 @@ class S3:
 def seaweedfs(folder: Path) -> Iterator[S3]:
     """A real SeaweedFS S3 server that checks signatures, with one bucket."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Each HTTP port also opens gRPC at +10000, so the block lies low enough for both.
-    s3, master, volume, filer = free_port_block(4)
+    # Each HTTP port also opens gRPC at +10000.
+    s3, master, volume, filer = free_ports(4, neighbour=10_000)
     access, secret = secrets.token_hex(10), secrets.token_hex(20)
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     identity = {"name": "studio", "credentials": [{"accessKey": access, "secretKey": secret}], "actions": actions}
@@ -180,17 +208,6 @@ def _has_bucket(server: S3) -> bool:
     except (ClientError, BotoCoreError):
         return False
     return True
-
-
-def free_port_block(count: int) -> list[int]:
-    """Free ports below 50000 whose +10000 neighbours are free as well."""
-    found: list[int] = []
-    for port in range(20_000 + os.getpid() % 20_000, 50_000):
-        if all(_is_free(candidate) for candidate in (port, port + 10_000)):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError("no free ports")
 
 
 def _is_free(port: int) -> bool:

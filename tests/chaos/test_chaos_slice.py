@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.run import Options, Outcome, chaos
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(420)]
 
 
 def no_promise_is_broken(outcome: Outcome, *, kills: int) -> None:
