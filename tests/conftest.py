@@ -3,7 +3,7 @@
 Also says which tests run while another process tests as well (`make test`): all but those marked `alone`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,13 @@ ALONE_FOLDER = Path(__file__).parent / "e2e"
 """Whole sites, several processes each, with leases of some seconds: these take both cores by themselves."""
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Mark whole sites as `alone`, and let files with slow tests come first: a long one at the end runs by itself."""
     for item in items:
         if ALONE_FOLDER in item.path.parents:
             item.add_marker(pytest.mark.alone)
+    yield
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
