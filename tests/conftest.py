@@ -1,9 +1,9 @@
 """People and their API clients, and a view of the artifact store. For every test that touches the records.
 
-Also says which tests run while another process tests as well (`make test`): all but those marked `alone`.
+Also says in which order files are tested. `make test` tests two side by side, and those marked `alone` after them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,10 @@ from jobs.models import ApiKey, User
 
 MakeClient = Callable[[User], APIClient]
 
-ALONE_FOLDER = Path(__file__).parent / "e2e"
-"""Whole sites, several processes each, with leases of some seconds: these take both cores by themselves."""
 
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Mark whole sites as `alone`, and let files with slow tests come first: a long one at the end runs by itself."""
-    for item in items:
-        if ALONE_FOLDER in item.path.parents:
-            item.add_marker(pytest.mark.alone)
-    yield
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: a long one at the end would run by itself, with nothing beside it."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

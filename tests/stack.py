@@ -20,6 +20,14 @@ import psutil
 from tests.services import free_ports, running, valkey, wait_until
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+FURNISH = """
+import django
+django.setup()
+from django.core.management import call_command
+call_command("migrate", verbosity=0)
+call_command("createsuperuser", interactive=False, username="owner", email="owner@example.com")
+call_command("api_key", "owner", name="test")
+"""
 
 
 class ApiError(AssertionError):
@@ -44,14 +52,21 @@ class Stack:
 
     def manage(self, *arguments: str) -> str:
         """Run a management command to its end; returns its output."""
+        return self._run("manage.py", *arguments)
+
+    def furnish(self) -> str:
+        """Migrate, make the person and the key, in one process instead of three; returns the output."""
+        return self._run("-c", FURNISH)
+
+    def _run(self, *arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "manage.py", *arguments],
+            [sys.executable, *arguments],
             cwd=REPOSITORY,
             env=self.environment,
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, f"manage.py {arguments} failed:\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"{arguments} failed:\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
     def start(self, name: str, command: list[str], *, with_broker: bool) -> None:
@@ -178,9 +193,7 @@ def stack(folder: Path, **environment: str) -> Iterator[Stack]:
         }
         site = Stack(folder, values, broker_url)
         try:
-            site.manage("migrate", "--verbosity", "0")
-            site.manage("createsuperuser", "--noinput", "--username", "owner", "--email", "owner@example.com")
-            site.api_key = site.manage("api_key", "owner", "--name", "test").strip().splitlines()[-1].split()[-1]
+            site.api_key = site.furnish().strip().splitlines()[-1].split()[-1]
             site.start_web()
             yield site
         finally:

@@ -9,7 +9,11 @@ import pytest
 
 from tests.chaos.run import Options, Outcome, chaos
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(420)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.alone(reason="it lasts some minutes by the clock, and asks for a number of kills within them"),
+    pytest.mark.timeout(420),
+]
 
 
 def no_promise_is_broken(outcome: Outcome, *, kills: int) -> None:

@@ -12,7 +12,7 @@ LEAST_TRIALS = 4 * 60
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.alone(reason="ten sites at a time with leases of a second: it takes both cores by itself")
 @pytest.mark.timeout(1500)
 def test_whatever_happens_at_any_point_every_job_ends_well_and_once() -> None:
     command = [sys.executable, "-m", "tests.chaos.failpoints"]
