@@ -14,18 +14,18 @@ from typing import Any
 
 from core.base_shapes import BaseShapes, shapes_of_folder
 from core.errors import CoreError, LoraFileError
-from core.lora_gate import LoraFacts, judge_lora
-from core.lora_peft import CONFIG_NAME, WEIGHTS_NAME
+from core.lora_gate import LoraFacts
+from core.lora_lycoris import LycorisUpdate
+from core.lora_peft import CONFIG_NAME
 from core.lora_repair import (
-    ENDING,
-    find_source,
+    alpha_of,
     modules_without_alpha,
-    peft_beside,
     prove_equal,
     repair,
     update_of,
     write_lora,
 )
+from core.lora_source import ENDING, find_source, judge_source, peft_beside
 from core.lora_state import LoraLayer, LoraState, ModuleUpdate
 from core.lora_utils import read_lora
 
@@ -80,15 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def inspect(given: argparse.Namespace) -> Answer:
     """What a LoRA is, how strong, and how it was trained."""
     source = find_source(given.source)
-    facts = judge_lora(_weights(source))
+    facts = judge_source(source)
     answer = _described(source, facts)
     try:
         state = read_lora(source)
     except LoraFileError as error:
         return answer | {"ok": False, "problems": [str(error)]}
     layers = [layer for part in state.components().values() for layer in part.values()]
-    alphas = Counter(layer.alpha for layer in layers if isinstance(layer, LoraLayer))
-    scales = Counter(round(layer.scale, 6) for layer in layers if isinstance(layer, LoraLayer))
+    scaled = [layer for layer in layers if isinstance(layer, LoraLayer | LycorisUpdate) and layer.rank]
+    alphas = Counter(alpha_of(layer) for layer in scaled)
+    scales = Counter(round(layer.scale, 6) for layer in scaled)
     answer["alphas"] = {f"{alpha:g}": count for alpha, count in sorted(alphas.items())}
     answer["scales"] = {f"{scale:g}": count for scale, count in sorted(scales.items())}
     answer["strength"] = {name: strength(part) for name, part in state.components().items() if part}
@@ -98,7 +99,7 @@ def inspect(given: argparse.Namespace) -> Answer:
 def convert(given: argparse.Namespace) -> Answer:
     """Write the same LoRA in another format, and prove that it is the same."""
     source = find_source(given.source)
-    judge_lora(_weights(source))
+    judge_source(source)
     state = read_lora(source)
     write_lora(state, given.out, given.to)
     return {"ok": True, "written": str(given.out), "modules": _count(state), "notes": ["read back: the same LoRA"]}
@@ -107,16 +108,15 @@ def convert(given: argparse.Namespace) -> Answer:
 def verify(given: argparse.Namespace) -> Answer:
     """Everything that can be wrong with a file, all of it at once."""
     source = find_source(given.source)
-    weights = _weights(source)
     base: BaseShapes | None = shapes_of_folder(given.base) if given.base else None
-    facts = judge_lora(weights, base)
+    facts = judge_source(source, base)
     problems: list[str] = []
     stated = facts.metadata.get("sshs_model_hash")
     if stated and stated != facts.model_hash:
         problems.append(f"sshs_model_hash says {stated[:12]}, the weights are {facts.model_hash[:12]}: it was edited")
     if source.is_file() and facts.kind == "peft":
         problems.append(f"a PEFT file without {CONFIG_NAME}: its alpha is lost, `repair` gives it back")
-    elif facts.kind == "kohya" and (missing := modules_without_alpha(weights)):
+    elif facts.kind == "kohya" and (missing := modules_without_alpha(source)):
         problems.append(f"{missing} modules have no alpha: readers take their strength as 1.0")
     state = None
     try:
@@ -141,7 +141,7 @@ def repair_command(given: argparse.Namespace) -> Answer:
     if given.out.resolve() == given.source.resolve():
         raise LoraFileError(f"--out {given.out} is the source: name another place, the source stays as it is")
     source = given.source if given.source.is_file() else find_source(given.source)
-    judge_lora(_weights(source))
+    judge_source(source)
     state, changed = repair(source, alpha=given.alpha, config=given.config)
     write_lora(state, given.out, "kohya" if given.out.suffix == ENDING else "peft")
     note = f"{changed} of {sum(_count(state).values())} modules had no alpha or another one"
@@ -186,10 +186,6 @@ def _described(source: Path, facts: LoraFacts) -> Answer:
         "training": trained,
         "notes": [note for note in facts.notes if not (source.is_dir() and CONFIG_NAME in note)],
     }
-
-
-def _weights(source: Path) -> Path:
-    return source / WEIGHTS_NAME if source.is_dir() else source
 
 
 def _count(state: LoraState) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from core.adapter_config import AdapterConfig, embedded_configs
 from core.errors import LoraFileError
 from core.lora_header import LoraHeader
-from core.lora_keys import dotted_module, read_key
+from core.lora_keys import block_counting, dotted_module, read_key
 from core.lora_lycoris import build_update
 from core.lora_state import LoraLayer, LoraState, ModuleUpdate
 from core.tensor_files import load_tensors
@@ -53,7 +53,7 @@ def group_tensors(label: str, tensors: Mapping[str, Tensor]) -> tuple[Groups, st
     """
     groups: Groups = {}
     first: tuple[str, str] | None = None
-    counted: dict[tuple[bool, str], str] = {}
+    counted: dict[str, str] = {}
     for name, tensor in tensors.items():
         try:
             key = read_key(name)
@@ -65,9 +65,9 @@ def group_tensors(label: str, tensors: Mapping[str, Tensor]) -> tuple[Groups, st
                 f"{label}: {name} is a name of {key.naming}, {first[1]} one of {first[0]}: readers would drop one of "
                 "them; export it again"
             )
-        is_stability = any(word in name for word in ("input_blocks", "middle_block", "output_blocks"))
-        if key.component == "unet" and (is_stability or "_blocks" in name or "mid_block" in name):
-            counted.setdefault((is_stability, key.component), name)
+        counting = block_counting(name) if key.component == "unet" else None
+        if counting:
+            counted.setdefault(counting, name)
         parts = groups.setdefault(key.component, {}).setdefault(dotted_module(key.module), {})
         if key.part in parts:
             raise LoraFileError(f"{label}: {name} is the second {key.part} of {key.module}: export it again")

@@ -17,7 +17,7 @@ from typing import Any
 from core.base_shapes import BaseShapes
 from core.errors import LoraFileError
 from core.lora_header import LoraHeader, TensorInfo, read_header
-from core.lora_keys import LoraKey, read_key
+from core.lora_keys import LoraKey, block_counting, read_key
 from core.lora_parts import LoraModule, read_module
 from core.lora_values import EXPONENT_BITS, check_values, read_scalars
 from core.progress import Report, silent
@@ -142,6 +142,7 @@ def _judge_header(path: Path, header: LoraHeader, base: BaseShapes | None) -> tu
     groups: dict[tuple[str, str], dict[str, TensorInfo]] = {}
     namings: set[str] = set()
     alphas: list[str] = []
+    counted: dict[str, str] = {}
     for name, tensor in header.tensors.items():
         key = _key(label, name)
         parts = groups.setdefault((key.component, key.module), {})
@@ -149,6 +150,9 @@ def _judge_header(path: Path, header: LoraHeader, base: BaseShapes | None) -> tu
             raise LoraFileError(f"{label}: module {key.module} has its {key.part} twice, under two names")
         parts[key.part] = tensor
         namings.add(key.naming)
+        counting = block_counting(name) if key.component == "unet" else None
+        if counting:
+            counted.setdefault(counting, name)
         if key.part == "alpha":
             alphas.append(name)
         elif tensor.dtype not in EXPONENT_BITS:
@@ -157,6 +161,9 @@ def _judge_header(path: Path, header: LoraHeader, base: BaseShapes | None) -> tu
             )
     if len(namings) > 1:
         raise LoraFileError(f"{label} mixes the names of {' and '.join(sorted(namings))}: export it again")
+    if len(counted) > 1:
+        both = " and ".join(counted.values())
+        raise LoraFileError(f"{label} counts the UNet's blocks in two ways, {both}: export it again")
     modules = {at: read_module(f"{label}: {at[1]}", parts) for at, parts in groups.items()}
     if base is not None:
         _compare(label, modules, base)
@@ -193,6 +200,9 @@ def _compare(label: str, modules: dict[tuple[str, str], LoraModule], base: BaseS
         weight = base.modules.get(component, {}).get(name)
         if weight is None:
             misfits.append(f"{component} has no module {name}")
+        elif len(weight) not in (2, 4) or name.endswith("_embedding"):
+            what = "an embedding" if len(weight) == 2 else "a norm"
+            raise LoraFileError(f"{label} changes {component} {name}, {what}, which is not served")
         elif not module.fits(weight):
             misfits.append(f"{component} {name} has shape {list(weight)}, the LoRA changes {module.described()}")
     if misfits:

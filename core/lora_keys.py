@@ -28,7 +28,7 @@ PARTS = {
         for part in (
             *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
             *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-            *("diff", "diff_b"),
+            "diff",
         )
     },
 }
@@ -52,14 +52,42 @@ DOTTED_ENDS = {
 UNSERVED = {
     "oft_blocks": "OFT",
     "oft_diag": "OFT",
+    "rescale": "OFT",
+    "weight": "IA3",
     "on_input": "IA3",
-    "a1.weight": "GLoRA",
-    "b1.weight": "GLoRA",
+    **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm1.weight", "bm2.weight"), "GLoRA"),
     "w_norm": "trained norms",
     "b_norm": "trained norms",
     "scale": "a scale of its own",
+    "scalar": "a scale of its own",
+    "diff_b": "a changed bias",
+    "reshape_weight": "a weight of another shape",
 }
 """Parts of adapters that we know by name and do not serve."""
+UNSERVED_DOTTED = {
+    "bundle_emb.": "a textual inversion (bundle_emb)",
+    ".ia3_l": "IA3",
+    ".oft_r": "OFT",
+    ".oft_R.weight": "OFT",
+    ".boft_R": "BOFT",
+    ".boft_s": "BOFT",
+    ".vera_lambda_b": "VeRA",
+    ".vera_lambda_d": "VeRA",
+    ".lora_embedding_A": "LoRA of an embedding",
+    ".lora_embedding_B": "LoRA of an embedding",
+    ".lora_B.bias": "a changed bias",
+    ".hada_w1_a": "LoHa under PEFT's names",
+    ".hada_w1_b": "LoHa under PEFT's names",
+    ".hada_w2_a": "LoHa under PEFT's names",
+    ".hada_w2_b": "LoHa under PEFT's names",
+    ".lokr_w1": "LoKr under PEFT's names",
+    ".lokr_w1_a": "LoKr under PEFT's names",
+    ".lokr_w2": "LoKr under PEFT's names",
+    ".lokr_w2_a": "LoKr under PEFT's names",
+}
+"""Beginnings and ends of names in other tools' files that we know and do not serve."""
+OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+"""Old diffusers named a text encoder's attention as the UNet's ("self_attn.to_q_lora.down.weight")."""
 
 PEFT_PREFIX = "base_model.model."
 SGM_PARTS = {
@@ -156,6 +184,13 @@ def sgm_to_diffusers(flat: str) -> str:
     return flat
 
 
+def block_counting(key: str) -> str | None:
+    """Whose counting of a UNet's blocks a tensor's name has: "stability", "diffusers", None where it names no block."""
+    if any(word in key for word in ("input_blocks", "middle_block", "output_blocks")):
+        return "stability"
+    return "diffusers" if "_blocks" in key or "mid_block" in key else None
+
+
 def _resnet(part: str) -> str:
     return SGM_PARTS.get(part, part)
 
@@ -163,7 +198,14 @@ def _resnet(part: str) -> str:
 def _dotted(key: str) -> LoraKey:
     end = next((end for end in DOTTED_ENDS if key.endswith(end)), None)
     if end is None:
-        raise LoraFileError(f"tensor {key} is no part of a LoRA that we know (kohya, PEFT, diffusers, LyCORIS)")
+        kind = next(
+            (kind for word, kind in UNSERVED_DOTTED.items() if key.startswith(word) or key.endswith(word)), None
+        )
+        raise LoraFileError(
+            f"tensor {key} is part of {kind}, which is not served"
+            if kind
+            else f"tensor {key} is no part of a LoRA that we know (kohya, PEFT, diffusers, LyCORIS)"
+        )
     module, part = key.removesuffix(end), DOTTED_ENDS[end]
     if module.startswith(PEFT_PREFIX):
         naming, component, module = "peft", "unet", module.removeprefix(PEFT_PREFIX)
@@ -176,7 +218,10 @@ def _dotted(key: str) -> LoraKey:
             component = "unet"  # the oldest files of diffusers name the UNet's modules alone
     # "…attn1.processor.to_q_lora" is the update of "…attn1.to_q"; the output's projection stands in a list.
     module = module.replace(".processor.", ".")
-    if module.endswith(".to_out"):
+    stem, _, last = module.rpartition(".")
+    if stem.endswith("self_attn") and last in OLD_TEXT_NAMES:
+        module = f"{stem}.{OLD_TEXT_NAMES[last]}"
+    elif last == "to_out":
         module += ".0"
     if not module:
         raise LoraFileError(f"tensor {key} names no module")

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from core.errors import LoraFileError
+from core.lora_keys import PARTS
+from core.lora_lycoris import LycorisUpdate
 from core.lora_names import kohya_module
-from core.lora_state import LoraState, check_layer, plain_layers
+from core.lora_state import LoraLayer, LoraState, ModuleUpdate, check_layer
 from core.tensor_files import serialize, write_whole
 
 DOWN, UP, ALPHA, MAGNITUDE = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
+FILE_PARTS = {part: ending for ending, part in PARTS.items()}
 
 
 def write_kohya(
@@ -37,22 +40,39 @@ def write_kohya(
         family: "sd1" or "sdxl", which decides the names; None: as `family_of` finds it.
 
     Raises:
-        LoraFileError: A layer has NaN or infinite values or impossible shapes, or is no product of two matrices.
+        LoraFileError: A layer has NaN or infinite values or impossible shapes, or is of a kind without a kohya name.
     """
     family = family or family_of(state, metadata)
     tensors: dict[str, Tensor] = {}
+    taken: set[str] = set()
     for component, layers in state.components().items():
-        for module, layer in plain_layers(layers).items():
-            check_layer(module, layer)
+        for module, layer in layers.items():
             key = kohya_module(component, module, family)
-            if f"{key}.{ALPHA}" in tensors:
+            if key in taken:
                 raise LoraFileError(f"two layers of this LoRA are called {key} in a kohya file ({module})")
-            tensors[f"{key}.{DOWN}"] = layer.down.detach().to("cpu", save_dtype).contiguous()  # (rank, in[, k, k])
-            tensors[f"{key}.{UP}"] = layer.up.detach().to("cpu", save_dtype).contiguous()  # (out, rank[, 1, 1])
-            tensors[f"{key}.{ALPHA}"] = torch.tensor(layer.alpha, dtype=torch.float32)  # ()
-            if layer.magnitude is not None:
-                tensors[f"{key}.{MAGNITUDE}"] = layer.written_magnitude(save_dtype)  # (out, 1[, 1, 1])
+            taken.add(key)
+            for part, tensor in _parts(module, layer, save_dtype).items():
+                tensors[f"{key}.{part}"] = tensor
     write_whole(path, serialize(tensors, metadata | kohya_hashes(tensors, metadata)))
+
+
+def _parts(module: str, layer: ModuleUpdate, save_dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one module by what follows its name; alpha in fp32."""
+    if isinstance(layer, LycorisUpdate):
+        parts = {FILE_PARTS[part]: tensor.detach() for part, tensor in layer.parts.items()}
+        # A kind without a rank has no use for an alpha, but readers that want one are content with 1.
+        alpha = layer.scale * (layer.rank or 1)
+        if layer.magnitude is not None:
+            parts[MAGNITUDE] = layer.magnitude.detach()
+    elif isinstance(layer, LoraLayer):
+        check_layer(module, layer)
+        parts, alpha = {DOWN: layer.down.detach(), UP: layer.up.detach()}, layer.alpha
+        if layer.magnitude is not None:
+            parts[MAGNITUDE] = layer.written_magnitude(save_dtype)  # (out, 1[, 1, 1])
+    else:
+        raise LoraFileError(f"{module} is a {type(layer).__name__}, for which kohya's files have no name")
+    written = {part: tensor.to("cpu", save_dtype).contiguous() for part, tensor in parts.items()}
+    return written | {ALPHA: torch.tensor(alpha, dtype=torch.float32)}
 
 
 def family_of(state: LoraState, metadata: dict[str, str] | None = None) -> str:

@@ -26,6 +26,7 @@ class LycorisUpdate(ModuleUpdate):
     Attributes:
         parts: By the names of `core.lora_keys`, without alpha and magnitude.
         scale: What `product` is multiplied by.
+        rank: What alpha is divided by; None where it means nothing (a difference, a LoKr of two whole factors).
         size: Shape of the update.
         magnitude: DoRA's, as in `core.lora_state.LoraLayer`.
     """
@@ -33,6 +34,7 @@ class LycorisUpdate(ModuleUpdate):
     parts: Mapping[str, Tensor]
     scale: float
     size: tuple[int, ...]
+    rank: int | None = None
     magnitude: Tensor | None = None
 
     @property
@@ -98,14 +100,12 @@ def build_update(label: str, parts: Mapping[str, Tensor], alpha: float | None) -
         alpha: Scale times rank, where something beside the file tells; None without an alpha in the file: scale 1.
 
     Raises:
-        LoraFileError: The parts do not belong together, are not finite, or also change a bias.
+        LoraFileError: The parts do not belong together, or are not finite.
     """
     for name, tensor in parts.items():
         if not torch.isfinite(tensor).all():
             raise LoraFileError(f"{label}: {name} holds NaN or infinite values: the training diverged")
     module = read_module(label, {name: _info(tensor) for name, tensor in parts.items()})
-    if "diff_b" in parts:
-        raise LoraFileError(f"{label} also changes a bias (diff_b), which is not served")
     if alpha is None and "alpha" in parts:
         alpha = float(parts["alpha"].item())
     weights = {name: tensor for name, tensor in parts.items() if name not in ("alpha", "magnitude")}
@@ -120,8 +120,9 @@ def build_update(label: str, parts: Mapping[str, Tensor], alpha: float | None) -
     # A LoKr of two whole factors and a difference have no rank: their alpha means nothing, as LyCORIS has it. LyCORIS
     # also takes an alpha of 0 as none.
     has_rank = kind is not FullDifference and not (kind is LoKr and {"lokr_w1", "lokr_w2"} <= weights.keys())
-    scale = alpha / module.rank if has_rank and alpha and module.rank else 1.0
-    return kind(parts=weights, scale=scale, size=_size(module, weights), magnitude=magnitude)
+    rank = module.rank if has_rank else None
+    scale = alpha / rank if alpha and rank else 1.0
+    return kind(parts=weights, scale=scale, size=_size(module, weights), rank=rank, magnitude=magnitude)
 
 
 def _kind(weights: Mapping[str, Tensor]) -> type[LycorisUpdate]:

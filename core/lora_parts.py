@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 LOHA_CORES = {"hada_t1", "hada_t2"}
 LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}
-DIFF = {"diff", "diff_b"}
+DIFF = {"diff"}
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,11 @@ def _delta(label: str, shapes: dict[str, Shape]) -> tuple[str, int | None, Shape
         return "lokr", *_lokr(label, shapes)
     _need(label, have, {"diff"}, DIFF)
     difference = shapes["diff"]
-    if len(difference) not in (1, 2, 4) or shapes.get("diff_b", difference[:1]) != difference[:1]:
+    if len(difference) == 1:
+        raise LoraFileError(f"{label} changes a norm (diff of shape {list(difference)}), which is not served")
+    if len(difference) not in (2, 4):
         raise LoraFileError(f"{label}: a difference of shape {list(difference)} belongs to no weight")
-    return "diff", None, difference if len(difference) > 1 else (*difference, 1)
+    return "diff", None, difference
 
 
 def _lora(label: str, shapes: dict[str, Shape]) -> tuple[int, Shape]:

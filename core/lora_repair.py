@@ -1,66 +1,34 @@
-"""Finds the files of a LoRA, gives lost alphas back, proves that two files mean the same. Called by `core.lora_cli`.
+"""Gives lost alphas back, writes a LoRA in any format, proves that two files mean the same. Called by `core.lora_cli`.
 
 A file without its alpha, or with a wrong one, makes the right picture at the wrong strength; nothing else tells.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from core.adapter_config import AdapterConfig, read_adapter_config
 from core.errors import LoraFileError
 from core.lora_diffusers import write_diffusers
+from core.lora_file import group_tensors, state_of
 from core.lora_header import read_header
 from core.lora_keys import flat_module, read_key
-from core.lora_names import diffusers_module
-from core.lora_peft import CONFIG_NAME, WEIGHTS_NAME, write_peft
-from core.lora_state import LoraLayer, LoraState, ModuleUpdate, plain_layers
+from core.lora_lycoris import LycorisUpdate
+from core.lora_peft import CONFIG_NAME, TEXT_FOLDERS, WEIGHTS_NAME, write_peft
+from core.lora_source import ENDING, is_peft_folder, weights_of
+from core.lora_state import LoraLayer, LoraState, ModuleUpdate
 from core.lora_utils import read_lora, write_kohya
 from core.tensor_files import load_tensors
 
-ENDING = ".safetensors"
+Scaled = LoraLayer | LycorisUpdate
 FORMATS_OWN = ("format", "lora_adapter_metadata")
 """Header strings that belong to a format, not to the LoRA."""
-MAX_CONFIG_BYTES = 4 << 20
 MAX_DIFFERENCE = 1e-5
 """Of a module's largest value. Alpha may go through half precision in a file; a wrong rule is off by far more."""
-
-
-def find_source(path: Path) -> Path:
-    """The LoRA that a person means: a file, or a PEFT folder, which wins over a loose file beside it.
-
-    Args:
-        path: A safetensors file; a PEFT folder, or a file in it; or a folder that holds one LoRA.
-
-    Raises:
-        LoraFileError: Nothing there, or several.
-    """
-    if path.is_file():
-        return path.parent if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file() else path.resolve()
-    if not path.is_dir():
-        raise LoraFileError(f"{path} is not there: name a {ENDING} file or a PEFT folder")
-    if (path / CONFIG_NAME).is_file():
-        return path
-    folders = sorted(found.parent for found in path.glob(f"*/{CONFIG_NAME}"))
-    files = sorted(path.glob(f"*{ENDING}"))
-    found = folders or files
-    if len(found) != 1:
-        what = ", ".join(item.name for item in found[:5]) or "nothing"
-        raise LoraFileError(f"{path} should hold one LoRA and holds {what}: name the file or the PEFT folder itself")
-    return found[0]
-
-
-def peft_beside(file: Path) -> Path | None:
-    """The PEFT folder that was exported together with a file: `<name>-peft`, or the file's own folder."""
-    for folder in (file.with_name(f"{file.stem}-peft"), file.parent):
-        if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file() and folder / WEIGHTS_NAME != file:
-            return folder
-    return None
 
 
 def repair(source: Path, *, alpha: float | None = None, config: Path | None = None) -> tuple[LoraState, int]:
@@ -78,23 +46,25 @@ def repair(source: Path, *, alpha: float | None = None, config: Path | None = No
         LoraFileError: Neither value nor configuration, one that does not fit the ranks, or a damaged file.
     """
     weights = source / WEIGHTS_NAME if source.is_dir() else source
-    state = _read_without_config(weights)
-    layers = {component: plain_layers(part) for component, part in state.components().items()}
+    state = _read_folder_without_config(source) if source.is_dir() else _read_without_config(weights)
+    layers = {component: _with_rank(part) for component, part in state.components().items()}
     if alpha is not None:
         if not math.isfinite(alpha) or alpha == 0:
             raise LoraFileError(f"alpha {alpha:g} would make the LoRA useless: give the value that it was trained with")
         values = {component: dict.fromkeys(part, alpha) for component, part in layers.items()}
     else:
-        found = _config_of(weights, config)
-        values = {component: _alphas_of(found, part) for component, part in layers.items()}
-    changed = sum(layer.alpha != values[at][name] for at, part in layers.items() for name, layer in part.items())
+        configs = _configs_of(weights, config, {component for component, part in layers.items() if part})
+        values = {at: _alphas_of(configs[at], part) if part else {} for at, part in layers.items()}
+    changed = sum(alpha_of(layer) != values[at][name] for at, part in layers.items() for name, layer in part.items())
     right = {
-        at: {name: replace(layer, alpha=values[at][name]) for name, layer in part.items()}
-        for at, part in layers.items()
+        at: dict(part) | {name: _with_alpha(layer, values[at][name]) for name, layer in layers[at].items()}
+        for at, part in state.components().items()
     }
-    commonest = Counter(value for part in values.values() for value in part.values()).most_common(1)[0][0]
-    metadata = state.metadata | {"ss_network_alpha": f"{commonest:g}"}
-    return LoraState(**right, metadata=metadata, notes=state.notes), changed
+    counted = Counter(value for part in values.values() for value in part.values())
+    if not counted:
+        raise LoraFileError(f"{source.name} has no module with a rank: there is no alpha to give back")
+    metadata = state.metadata | {"ss_network_alpha": f"{counted.most_common(1)[0][0]:g}"}
+    return _state(right, metadata), changed
 
 
 def write_lora(state: LoraState, destination: Path, to: str) -> None:
@@ -142,20 +112,38 @@ def prove_equal(first: LoraState, second: LoraState, label: str) -> float:
                 raise LoraFileError(
                     f"{label}: {name} differs by {difference:.1e} of its size ({factor:.3g} times as strong)"
                 )
+            if not _same_lengths(layer, theirs[name]):
+                raise LoraFileError(f"{label}: {name} has other lengths of DoRA: it makes another picture")
             worst = max(worst, difference)
     return worst
 
 
 def update_of(layer: ModuleUpdate) -> torch.Tensor:
     """The update in fp32; of DoRA what it is before the lengths, which need the base model's weight."""
-    return replace(layer, magnitude=None).delta() if isinstance(layer, LoraLayer) else layer.delta()
+    return replace(layer, magnitude=None).delta() if isinstance(layer, LoraLayer | LycorisUpdate) else layer.delta()
+
+
+def _same_lengths(first: ModuleUpdate, second: ModuleUpdate) -> bool:
+    """Whether both have DoRA's lengths, and the same, or both have none."""
+    ours, theirs = (getattr(layer, "magnitude", None) for layer in (first, second))
+    if ours is None or theirs is None:
+        return ours is theirs
+    if ours.numel() != theirs.numel():
+        return False
+    difference = (ours.float().flatten() - theirs.float().flatten()).abs().max()
+    return bool(difference <= MAX_DIFFERENCE * ours.float().abs().max())
 
 
 def _dtype_of(state: LoraState) -> torch.dtype:
-    """As the source has its matrices; fp32 for kinds without."""
-    layers = [layer for part in state.components().values() for layer in part.values()]
-    plain = next((layer for layer in layers if isinstance(layer, LoraLayer)), None)
-    return torch.float32 if plain is None else plain.down.dtype
+    """As the source has its matrices; of several types the one that holds them all."""
+    dtypes: set[torch.dtype] = set()
+    for part in state.components().values():
+        for layer in part.values():
+            if isinstance(layer, LoraLayer):
+                dtypes |= {layer.down.dtype, layer.up.dtype}
+            elif isinstance(layer, LycorisUpdate):
+                dtypes |= {tensor.dtype for tensor in layer.parts.values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def modules_without_alpha(file: Path) -> int:
@@ -170,64 +158,81 @@ def modules_without_alpha(file: Path) -> int:
 
 def _read_without_config(weights: Path) -> LoraState:
     """As `read_lora`; the weights of a PEFT folder are read without their configuration, which may be what was lost."""
-    header = read_header(weights)
-    if not all(read_key(name).naming == "peft" for name in header.tensors):
+    header, tensors = load_tensors(weights)
+    groups, naming = group_tensors(weights.name, tensors)
+    if naming != "peft":
         return read_lora(weights)
-    _, tensors = load_tensors(weights)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        key = read_key(name)
-        parts.setdefault(diffusers_module("unet", key.module), {})[key.part] = tensor
-    layers = {}
-    for module, pair in parts.items():
-        if set(pair) != {"down", "up"}:
-            raise LoraFileError(f"{weights.name}: {module} has {', '.join(sorted(pair))}; lora_A and lora_B are needed")
-        layers[module] = LoraLayer(down=pair["down"], up=pair["up"], alpha=float(pair["down"].shape[0]))
-    return LoraState(unet=layers, metadata=header.metadata)
+    modules = groups["unet"]
+    component = weights.parent.name if weights.parent.name in TEXT_FOLDERS else "unet"
+    if all(module.startswith(("text_model.", "encoder.layers.")) for module in modules) and component == "unet":
+        component = "text_encoder"
+    if component != "unet":
+        modules = {module.removeprefix("text_model."): parts for module, parts in modules.items()}
+    return state_of(weights.name, {component: modules}, header)
 
 
-def _config_of(weights: Path, config: Path | None) -> dict[str, Any]:
-    beside = (weights.with_name(CONFIG_NAME), weights.with_name(f"{weights.stem}-peft") / CONFIG_NAME)
-    path = config or next((path for path in beside if path.is_file()), None)
-    if path is None:
+def _read_folder_without_config(folder: Path) -> LoraState:
+    """All files of a PEFT folder."""
+    states = [_read_without_config(weights) for weights in weights_of(folder).values()]
+    layers: dict[str, dict[str, ModuleUpdate]] = {"unet": {}, "text_encoder": {}, "text_encoder_2": {}}
+    for state in states:
+        for component, part in state.components().items():
+            layers[component].update(part)
+    metadata = states[0].metadata if states else {}
+    return _state(layers, metadata)
+
+
+def _state(layers: Mapping[str, Mapping[str, ModuleUpdate]], metadata: dict[str, str]) -> LoraState:
+    return LoraState(
+        unet=layers["unet"],
+        text_encoder=layers["text_encoder"],
+        text_encoder_2=layers["text_encoder_2"],
+        metadata=metadata,
+    )
+
+
+def _with_rank(part: Mapping[str, ModuleUpdate]) -> dict[str, Scaled]:
+    """The layers that an alpha belongs to; a whole difference has none."""
+    return {name: layer for name, layer in part.items() if isinstance(layer, Scaled) and layer.rank}
+
+
+def alpha_of(layer: Scaled) -> float:
+    """Scale times rank."""
+    return layer.alpha if isinstance(layer, LoraLayer) else layer.scale * (layer.rank or 1)
+
+
+def _with_alpha(layer: Scaled, alpha: float) -> Scaled:
+    return (
+        replace(layer, alpha=alpha) if isinstance(layer, LoraLayer) else replace(layer, scale=alpha / (layer.rank or 1))
+    )
+
+
+def _configs_of(weights: Path, config: Path | None, components: set[str]) -> dict[str, AdapterConfig]:
+    """The configuration of each model: the one that was named counts for all, those that lie beside for their own."""
+    if config is not None:
+        return dict.fromkeys(components, read_adapter_config(config))
+    folders = (weights.parent, weights.with_name(f"{weights.stem}-peft"))
+    folder = next((folder for folder in folders if is_peft_folder(folder)), None)
+    if folder is None:
         raise LoraFileError(
             f"no {CONFIG_NAME} lies beside {weights.name}: name one with --config, or the trained value with --alpha"
         )
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise LoraFileError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: it is no adapter's configuration")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoraFileError(f"{path} cannot be read ({error!s:.120})") from error
-    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
-        raise LoraFileError(f"{path} does not describe a LoRA (peft_type LORA)")
-    return found
-
-
-def _alphas_of(config: dict[str, Any], layers: Mapping[str, LoraLayer]) -> dict[str, float]:
-    """Alpha of each module by PEFT's rule: lora_alpha or alpha_pattern, over r or rank_pattern."""
-    values: dict[str, float] = {}
-    for name, layer in layers.items():
-        flat = name.replace(".", "_")
-        try:
-            rank = int(_matching(config.get("rank_pattern"), flat, config.get("r", 8)))
-            alpha = float(_matching(config.get("alpha_pattern"), flat, config.get("lora_alpha", 8)))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise LoraFileError(f"{CONFIG_NAME}: r, lora_alpha and their patterns must be numbers ({error})") from error
-        if rank != layer.rank:
-            raise LoraFileError(f"{name} has rank {layer.rank}, {CONFIG_NAME} says {rank}: it belongs to another LoRA")
-        values[name] = alpha * (rank**0.5 if config.get("use_rslora") else 1.0)
-        if not math.isfinite(values[name]) or values[name] == 0:
+    places = {component: folder if component == "unet" else folder / component for component in components}
+    if components == {"text_encoder"} and not (places["text_encoder"] / CONFIG_NAME).is_file():
+        places = {"text_encoder": folder}  # a folder made of a text encoder alone
+    for component, place in places.items():
+        if not (place / CONFIG_NAME).is_file():
             raise LoraFileError(
-                f"{CONFIG_NAME} gives {name} the alpha {values[name]:g}: give the trained one as --alpha"
+                f"{folder.name} has no {CONFIG_NAME} of the {component}, which {weights.name} changes: name one with "
+                "--config, or the trained value with --alpha"
             )
+    return {component: read_adapter_config(place / CONFIG_NAME) for component, place in places.items()}
+
+
+def _alphas_of(config: AdapterConfig, layers: Mapping[str, Scaled]) -> dict[str, float]:
+    """Alpha of each module by PEFT's rule."""
+    values = {name: config.alpha_of(name, layer.rank or 1) for name, layer in layers.items()}
+    for name, alpha in values.items():
+        if not math.isfinite(alpha) or alpha == 0:
+            raise LoraFileError(f"{CONFIG_NAME} gives {name} the alpha {alpha:g}: give the trained one as --alpha")
     return values
-
-
-def _matching(patterns: object, flat: str, default: Any) -> Any:
-    """A pattern names a module or its end; a stranger's regular expression is never run."""
-    for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
-        literal = str(pattern).removeprefix("^").replace("\\", "").replace(".", "_")
-        if flat == literal or (not str(pattern).startswith("^") and flat.endswith("_" + literal)):
-            return value
-    return default

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from core.lora_cli import main
 from core.lora_names import diffusers_module
 from core.lora_peft import read_peft, write_peft
-from core.lora_repair import find_source, prove_equal
+from core.lora_repair import prove_equal
+from core.lora_source import find_source
 from core.lora_state import LoraLayer, LoraState, plain_layers
 from core.lora_utils import read_lora, write_kohya
 from tests.core.lora_samples import ATTENTION, CONVOLUTION, write
