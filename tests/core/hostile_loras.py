@@ -136,6 +136,16 @@ HOSTILE: dict[str, tuple[Make, str]] = {
     "an unknown part": (honest(changed(extra=noise(4))), "after the module come"),
     "OFT": (honest({f"{U}.oft_blocks": noise(4, 8, 8)}), "OFT"),
     "IA3": (honest({f"{U}.on_input": noise(1)}), "IA3"),
+    "IA3's weight": (honest({f"{U}.weight": noise(32)}), "IA3, which is not served"),
+    "GLoRA": (honest({f"{U}.a2.weight": noise(4, 32)}), "GLoRA, which is not served"),
+    "a trained norm": (honest({f"{U}.w_norm": noise(32)}), "trained norms, which is not served"),
+    "a norm's difference": (honest({f"{U}.diff": noise(32)}), "a norm .* which is not served"),
+    "a changed bias": (honest({f"{U}.diff": noise(32, 32), f"{U}.diff_b": noise(32)}), "bias, which is not served"),
+    "IA3 of PEFT": (honest({f"base_model.model.{CONVOLUTION}.ia3_l": noise(32, 1)}), "IA3, which is not served"),
+    "a bundled embedding": (honest(GOOD | {"bundle_emb.x.weight": noise(1, 8)}), "textual inversion"),
+    "two countings": (honest({f"lora_unet_{module}.lora_{side}.weight": noise(*shape)
+                              for module in ("input_blocks_4_1_proj_in", "down_blocks_1_attentions_1_proj_in")
+                              for side, shape in (("down", (4, 8)), ("up", (8, 4)))}), "in two ways"),
     "a prefix without a module": (honest({"lora_unet_.alpha": noise(1)}), "no part of a LoRA|no module"),
     "two namings at once": (honest(GOOD | {f"unet.{CONVOLUTION}.lora_A.weight": noise(4, 32)}), "mixes|lacks"),
     "a module under two names": (honest(GOOD | kohya("text_model.x") | kohya(prefix="lycoris_unet_")), "twice"),
