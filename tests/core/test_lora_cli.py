@@ -16,7 +16,7 @@ from core.lora_repair import prove_equal
 from core.lora_source import find_source
 from core.lora_state import LoraLayer, LoraState, plain_layers
 from core.lora_utils import read_lora, write_kohya
-from tests.core.lora_samples import ATTENTION, CONVOLUTION, write
+from tests.core.lora_samples import ATTENTION, CONVOLUTION, noise, write
 
 
 @pytest.fixture
@@ -213,3 +213,25 @@ def test_the_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> N
 )
 def test_a_flat_name_gets_its_dots_back(name: str) -> None:
     assert diffusers_module("unet", name.replace(".", "_")) == name
+
+
+def test_lycoris_kinds_go_to_kohya_as_they_are_and_nowhere_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, conv = (f"lora_unet_{module.replace('.', '_')}" for module in (ATTENTION, CONVOLUTION))
+    tensors: dict[str, Any] = {
+        f"{name}.hada_w{i}_{x}": noise(*((32, 4) if x == "a" else (4, 32)), seed=i) for i in (1, 2) for x in "ab"
+    }
+    tensors |= {f"{conv}.lokr_w1": noise(4, 4), f"{conv}.lokr_w2": noise(8, 8, 3, 3)}
+    tensors[f"{name}.alpha"] = (noise(1) * 0 + 2.0).reshape(())
+    source, out = write(tmp_path / "odd.safetensors", tensors), tmp_path / "out.safetensors"
+    assert run(capsys, "convert", source, "--to", "kohya", "--out", out)[0] == 0
+    assert prove_equal(read_lora(source), read_lora(out), "converted") == 0
+    code, answer = run_json(capsys, "inspect", out)
+    assert (code, answer["scales"]) == (0, {"0.5": 1})
+    for to, place in (("peft", "folder"), ("diffusers", "d.safetensors")):
+        code, text = run(capsys, "convert", source, "--to", to, "--out", tmp_path / place)
+        assert code == 1
+        assert "not a product of two matrices" in text
+    code, answer = run_json(capsys, "repair", source, "--alpha", 64, "--out", tmp_path / "right.safetensors")
+    assert (code, read_lora(tmp_path / "right.safetensors").unet[ATTENTION].scale) == (0, 16.0)  # type: ignore[attr-defined]
