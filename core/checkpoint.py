@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from core.config import TrainConfig, canonical_json_hash
+from core.config import canonical_json_hash
 from core.durable_folder import sync_folder
 from core.errors import CheckpointMismatch, CoreError
 from core.failpoints import side_effect
@@ -24,6 +24,7 @@ from core.lora_file import read_lora_file
 from core.lora_kohya import write_kohya
 from core.lora_state import LoraState
 from core.tensor_files import load_tensors, serialize, write_whole
+from core.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

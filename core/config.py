@@ -1,4 +1,4 @@
-"""The three job configurations. One definition checks REST input, job rows, YAML and the command line.
+"""Configurations of jobs, but for `core.train_config`. One definition checks REST input, job rows, YAML and commands.
 
 Imports no ML library, so the web tier validates with the very classes that the trainer uses.
 """
@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,27 +17,10 @@ from core.webui_names import understand_webui_names
 MAX_SEED = 2**63 - 1
 MAX_HIRES_PX = 4096
 MAX_LCM_STEPS = 50
-LATER_FIELDS = frozenset(
-    {
-        "schedule",
-        "init_image",
-        "mask",
-        "denoising_strength",
-        "hires",
-        "vae",
-        "exact",
-        "image_format",
-        "image_quality",
-        "preview_every_steps",
-    }
-)
-"""Fields of `GenerateConfig` that its first version did not have."""
-
 FIRST_SAMPLERS = frozenset({"default", "dpmpp_2m", "euler", "euler_a", "ddim"})
 PROMPT_SYNTAX = re.compile(r"[()\[\]\\]|\bBREAK\b")
 """What gives parts of a prompt more or less weight, or splits it."""
 
-TargetPreset = Literal["attention", "attention_ff", "all_linear", "with_conv"]
 Sampler = Literal[
     "default",
     "dpmpp_2m",
@@ -57,8 +40,6 @@ Sampler = Literal[
 ]
 Schedule = Literal["default", "automatic", "uniform", "karras", "exponential", "sgm_uniform"]
 ImageFormat = Literal["png", "jpeg", "webp"]
-LrSchedule = Literal["constant", "linear", "cosine"]
-Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
 
 def _compose(text: object) -> object:
@@ -85,6 +66,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    later_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that the first version did not have."""
+
     @classmethod
     def parse(cls, values: dict[str, object]) -> Self:
         """Build from plain values.
@@ -98,8 +82,13 @@ class Config(BaseModel):
             raise ConfigError(describe_problems(error)) from error
 
     def dump(self) -> dict[str, object]:
-        """Plain JSON values, all defaults written out."""
-        return self.model_dump(mode="json")
+        """Plain JSON values, defaults written out; but of `later_fields` only what differs from its default.
+
+        So a job that uses none of them keeps the hash that it always had, and older workers can read it.
+        """
+        values = self.model_dump(mode="json")
+        defaults = {name: type(self).model_fields[name].default for name in self.later_fields}
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     def content_hash(self) -> str:
         """SHA-256 (64 hex digits) of the canonical JSON of all fields."""
@@ -157,51 +146,6 @@ class PreprocessConfig(Config):
         return self
 
 
-class TrainConfig(Config):
-    """How a LoRA is trained. Times in optimizer steps, sizes in pictures, unless said otherwise."""
-
-    rank: int = Field(16, ge=1, le=256, description="Rank r of the LoRA matrices, 1-256.")
-    alpha: float = Field(16.0, gt=0, le=1024, description="LoRA alpha; the update is scaled by alpha / rank.")
-    targets: TargetPreset = Field(
-        "attention",
-        description="Which UNet layers get a LoRA: attention (default), attention_ff (plus feed-forward), "
-        "all_linear, with_conv (every linear and convolution: strongest style changes).",
-    )
-    steps: int = Field(1000, ge=1, le=200_000, description="Optimizer steps, 1-200000.")
-    batch_size: int = Field(4, ge=1, le=64, description="Pictures per micro-batch, 1-64.")
-    gradient_accumulation_steps: int = Field(1, ge=1, le=64, description="Micro-batches per optimizer step, 1-64.")
-    learning_rate: float = Field(1e-4, gt=0, le=1.0, description="Peak learning rate of AdamW.")
-    lr_schedule: LrSchedule = Field("cosine", description="Shape after warm-up: constant, linear or cosine to zero.")
-    lr_warmup_steps: int = Field(0, ge=0, le=10_000, description="Steps of linear warm-up from zero.")
-    weight_decay: float = Field(0.01, ge=0, le=1.0, description="AdamW weight decay on the LoRA weights.")
-    max_grad_norm: float = Field(1.0, ge=0, le=100, description="Clip the gradient to this norm; 0 switches it off.")
-    min_snr_gamma: float | None = Field(
-        None, gt=0, le=50, description="min-SNR loss weight (arXiv 2303.09556); 5 is usual."
-    )
-    noise_offset: float = Field(0.0, ge=0, le=1.0, description="Per-channel offset noise strength; 0 switches it off.")
-    caption_dropout: float = Field(0.05, ge=0, le=1, description="Share of samples trained with an empty caption, 0-1.")
-    clip_skip: int | None = Field(
-        None,
-        ge=1,
-        le=12,
-        description="WebUI convention: 1 = last text layer, 2 = the one before. Null: base's default.",
-    )
-    mixed_precision: Precision = Field(
-        "auto", description="auto: bf16 or fp16 where the device has it, fp32 on a CPU. fp16 uses a GradScaler."
-    )
-    gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="All randomness is a function of (seed, step, sample).")
-    checkpoint_every_steps: int = Field(250, ge=1, le=100_000, description="Steps between resumable checkpoints.")
-    sample_every_steps: int = Field(
-        0, ge=0, le=100_000, description="Steps between samples; 0: only before and at the end."
-    )
-    sample_prompts: tuple[PromptText, ...] = Field(
-        (), max_length=16, description="Prompts of the sample pictures, at most 16; seeds are fixed."
-    )
-    sample_steps: int = Field(20, ge=1, le=150, description="Denoising steps of the sample pictures.")
-    sample_guidance: float = Field(5.0, ge=1, le=30, description="Guidance of the sample pictures.")
-
-
 class LoraUse(Config):
     """One LoRA in a generation: which, and how strongly."""
 
@@ -224,6 +168,11 @@ class HiresConfig(Config):
 
 class GenerateConfig(Config):
     """One request for n pictures that share all settings but the seed."""
+
+    later_fields = frozenset({
+        "schedule", "init_image", "mask", "denoising_strength", "hires", "vae", "exact", "image_format",
+        "image_quality", "preview_every_steps",
+    })  # fmt: skip
 
     prompt: PromptText = Field(description="What to draw, at most 4000 characters.")
     negative_prompt: PromptText = Field("", description="What to avoid.")
@@ -305,19 +254,10 @@ class GenerateConfig(Config):
             raise ValueError(f"seed {self.seed} + count {self.count} passes {MAX_SEED}: choose a smaller seed")
         return self
 
-    def dump(self) -> dict[str, object]:
-        """Plain JSON values, defaults written out; but of `LATER_FIELDS` only what differs from its default.
-
-        So a request that uses none of them has the hash that it always had, and older workers can read it.
-        """
-        values = self.model_dump(mode="json")
-        defaults = {name: GenerateConfig.model_fields[name].default for name in LATER_FIELDS}
-        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
-
     @property
     def spec_version(self) -> int:
         """2 for what a worker of the first version does not understand or would draw differently, else 1."""
-        newer = self.dump().keys() & LATER_FIELDS or self.sampler not in FIRST_SAMPLERS
+        newer = self.dump().keys() & self.later_fields or self.sampler not in FIRST_SAMPLERS
         return 2 if newer or PROMPT_SYNTAX.search(f"{self.prompt} {self.negative_prompt}") else 1
 
     def seeds(self) -> list[int]:

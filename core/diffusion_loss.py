@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from core.config import TrainConfig
+from core.caption_variants import caption_at
 from core.latent_cache import LatentCache
 from core.noise_schedule import NoiseSchedule, add_noise, min_snr_weights, target
 from core.randomness import normal, uniform
 from core.text_cache import TextCache
+from core.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +49,7 @@ def draw_micro_batch(
     batch's loss and is uniform over the range all the same, since pictures come in shuffled order.
 
     Args:
-        config: Seed, noise offset and caption dropout are read.
+        config: Seed, noise offset and what concerns captions are read.
         step: Optimizer step, 0-based.
         plan: Picture of each sample of the effective batch.
         samples: Which samples of it make up this micro-batch.
@@ -68,15 +69,14 @@ def draw_micro_batch(
         noise = noise + config.noise_offset * offset  # (n, c, h, w) + (n, c, 1, 1)
     places = [(sample + uniform(seed, "timestep", step, sample)) / len(plan) for sample in samples]  # 0..1
     timesteps = torch.tensor([min(int(place * timestep_count), timestep_count - 1) for place in places])  # (n,)
-    kept = [
-        "" if uniform(seed, "caption dropout", step, sample) < config.caption_dropout else captions[picture]
-        for sample, picture in zip(samples, pictures, strict=True)
+    spoken = [
+        caption_at(captions[picture], config, step, sample) for sample, picture in zip(samples, pictures, strict=True)
     ]
     return MicroBatch(
         latents=latent_cache.sample(pictures, posterior_noise.to(device)),
         noise=noise.to(device),
         timesteps=timesteps.to(device),
-        embeddings=text_cache.lookup(kept),
+        embeddings=text_cache.lookup(spoken),
     )
 
 

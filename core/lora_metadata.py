@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 from core.base_facts import BaseFacts
-from core.config import TrainConfig
 from core.manifest import DatasetManifest
+from core.train_config import TrainConfig
 
 DATASET_LABEL = "dataset"
 MODELSPEC_VERSION = "1.0.1"
@@ -103,6 +103,8 @@ def _training(config: TrainConfig, run: RunFacts) -> dict[str, object]:
         "ss_clip_skip": run.clip_skip,
         "ss_cache_latents": "True",
         "ss_min_snr_gamma": "None" if config.min_snr_gamma is None else config.min_snr_gamma,
+        "ss_zero_terminal_snr": str(config.zero_terminal_snr),
+        "ss_keep_tokens": config.keep_tokens,
         "ss_noise_offset": config.noise_offset or "None",
         "ss_caption_dropout_rate": config.caption_dropout,
         "ss_prior_loss_weight": 1.0,
@@ -150,7 +152,7 @@ def _dataset(config: TrainConfig, manifest: DatasetManifest) -> dict[str, object
         "ss_color_aug": "False",
         "ss_flip_aug": "False",
         "ss_random_crop": "False",
-        "ss_shuffle_caption": "False",
+        "ss_shuffle_caption": str(config.shuffle_captions),
     }
 
 

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from core.config import TargetPreset
 from core.errors import LoraFileError
+from core.train_config import TargetPreset
 
 # Names of diffusers' UNet2DConditionModel; a preset takes every module whose dotted name ends in one of its words.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

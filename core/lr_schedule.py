@@ -2,7 +2,7 @@
 
 import math
 
-from core.config import TrainConfig
+from core.train_config import TrainConfig
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -10,7 +10,8 @@ def lr_at(step: int, config: TrainConfig) -> float:
 
     1. Warm-up: rises in a line and reaches the peak at its last step.
     2. Constant: stays there.
-    3. Linear or cosine: falls to zero, which it would reach one step after the last.
+    3. Linear, cosine or polynomial (squared): falls to zero, which it would reach one step after the last.
+    4. Cosine with restarts: falls so `lr_cycles` times, each time from the peak.
     """
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
@@ -19,4 +20,8 @@ def lr_at(step: int, config: TrainConfig) -> float:
     progress = min(1.0, (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps))  # 0..1
     if config.lr_schedule == "linear":
         return config.learning_rate * (1 - progress)
+    if config.lr_schedule == "polynomial":
+        return config.learning_rate * (1 - progress) ** 2
+    if config.lr_schedule == "cosine_with_restarts" and progress < 1:
+        progress = progress * config.lr_cycles % 1
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

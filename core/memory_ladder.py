@@ -7,7 +7,7 @@ the GPU worker to set a try up, and by the job code to know whether a next rung 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from core.config import TrainConfig
+from core.train_config import TrainConfig
 
 PICTURES_PER_FORWARD = 8
 """Bounds memory: a request of 64 pictures runs as 8 micro-batches, each of twice 8 samples under guidance."""

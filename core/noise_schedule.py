@@ -7,6 +7,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from core.errors import ConfigError
+
 PredictionType = Literal["epsilon", "v_prediction"]
 
 # What defines the noise levels; a scheduler's other settings are about sampling.
@@ -41,10 +43,27 @@ class NoiseSchedule:
 
 
 def noise_schedule(
-    scheduler_config: dict[str, Any], prediction_type: PredictionType, device: torch.device
+    scheduler_config: dict[str, Any],
+    prediction_type: PredictionType,
+    device: torch.device,
+    zero_terminal_snr: bool = False,
 ) -> NoiseSchedule:
-    """The levels that a base model was trained with, from its scheduler's configuration."""
+    """The levels that a base model was trained with, from its scheduler's configuration.
+
+    Args:
+        scheduler_config: Of the base.
+        prediction_type: What its UNet predicts.
+        device: Of the result.
+        zero_terminal_snr: Rescale the levels so that the last one is pure noise (arXiv 2305.08891, algorithm 1).
+
+    Raises:
+        ConfigError: `zero_terminal_snr` for a base that predicts the noise: from pure noise it would learn nothing.
+    """
+    if zero_terminal_snr and prediction_type == "epsilon":
+        raise ConfigError("zero_terminal_snr is for bases that predict v, this one predicts the noise: leave it out")
     levels = {key: scheduler_config[key] for key in LEVEL_KEYS if key in scheduler_config}
+    if zero_terminal_snr:
+        levels["rescale_betas_zero_snr"] = True
     scheduler: Any = DDPMScheduler(**levels)
     alpha_bar: Tensor = scheduler.alphas_cumprod  # (timesteps,)
     return NoiseSchedule(

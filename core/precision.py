@@ -5,8 +5,8 @@ from typing import Literal
 
 import torch
 
-from core.config import Precision
 from core.errors import ConfigError
+from core.train_config import Precision
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -1,6 +1,9 @@
-"""Text embeddings of all captions of a training, computed once, so that the loop needs no text encoder."""
+"""Text embeddings of all captions of a training, computed once, so that the loop needs no text encoder.
 
-from collections.abc import Sequence
+Only shuffled captions, of which there are too many to keep, are encoded when they are asked for.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +21,21 @@ class TextCache:
     Attributes:
         rows: Row of each caption in `embeddings`; "" is always there, for caption dropout.
         embeddings: (captions, tokens, dim) on the training device.
+        encode: Gives (1, tokens, dim) for any other caption.
     """
 
     rows: dict[str, int]
     embeddings: Tensor
+    encode: Callable[[str], Tensor]
 
     def lookup(self, captions: Sequence[str]) -> Tensor:
         """Embeddings (n, tokens, dim) of n captions."""
-        return self.embeddings[[self.rows[caption] for caption in captions]]
+        if all(caption in self.rows for caption in captions):
+            return self.embeddings[[self.rows[caption] for caption in captions]]
+        return torch.cat([
+            self.embeddings[self.rows[caption], None] if caption in self.rows else self.encode(caption)
+            for caption in captions
+        ])  # fmt: skip
 
     @property
     def byte_count(self) -> int:
@@ -47,9 +57,15 @@ def cache_texts(
         dtype: That the UNet takes.
         report: Called after each caption.
     """
+
+    def encode(caption: str) -> Tensor:
+        return encode_prompts(base, [caption], clip_skip, literal=True).embeddings.to(dtype)  # (1, tokens, dim)
+
     unique = sorted({"", *captions})
     rows = []
     for done, caption in enumerate(unique, start=1):
-        rows.append(encode_prompts(base, [caption], clip_skip, literal=True).embeddings)  # (1, tokens, dim)
+        rows.append(encode(caption))
         report(Progress(stage="encoding captions", step=done, total=len(unique)))
-    return TextCache(rows={caption: row for row, caption in enumerate(unique)}, embeddings=torch.cat(rows).to(dtype))
+    return TextCache(
+        rows={caption: row for row, caption in enumerate(unique)}, embeddings=torch.cat(rows), encode=encode
+    )

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from core.checkpoint import Checkpoint, RunIdentity, newest_valid, save_checkpoint
-from core.config import TrainConfig
 from core.data_order import plan_batch
 from core.diffusion_loss import diffusion_loss, draw_micro_batch
 from core.errors import Paused, TrainingDiverged
@@ -35,6 +34,7 @@ from core.precision import choose_precision
 from core.progress import Progress, Report, silent
 from core.text_cache import cache_texts
 from core.text_encoding import resolve_clip_skip
+from core.train_config import TrainConfig
 from core.training_samples import Sample, all_samples, draw_samples, sample_due
 
 logger = logging.getLogger(__name__)
@@ -117,11 +117,12 @@ def train(
     logger.info("precision=%s device=%s lora_weights=fp32", precision.name, base.device)
     clip_skip = resolve_clip_skip(base, config.clip_skip)
     captions = [image.caption for image in manifest.images]
-    text_cache = cache_texts(base, captions, clip_skip, precision.dtype, report)
-    logger.info("captions unique=%d cache_bytes=%d", len(text_cache.rows), text_cache.byte_count)
+    lasting = [] if config.shuffle_captions else captions  # a caption has too many orders to keep them all
+    text_cache = cache_texts(base, lasting, clip_skip, precision.dtype, report)
+    logger.info("captions unique=%d cache_bytes=%d", len(set(captions)), text_cache.byte_count)
     latent_cache = cache_latents(base, dataset, report)
     logger.info("latents cached=%d bytes=%d loader_workers=0", len(latent_cache.means), latent_cache.byte_count)
-    schedule = noise_schedule(base.scheduler_config, base.facts.prediction_type, base.device)
+    schedule = noise_schedule(base.scheduler_config, base.facts.prediction_type, base.device, config.zero_terminal_snr)
 
     unet = copy.deepcopy(base.unet).to(precision.dtype)
     if base.device.type == "cuda":  # convolutions are faster so on tensor cores; on a CPU it makes no difference

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from core.command_line import ProgressBar
-from core.config import PreprocessConfig, TrainConfig
+from core.config import PreprocessConfig
 from core.errors import ConfigError
 from core.hub_source import fetch_source
 from core.manifest import PreparedDataset, read_dataset
@@ -23,6 +23,7 @@ from core.prepared_base import DEFAULT_CACHE_FOLDER, ensure_prepared
 from core.preprocess import preprocess_folder
 from core.progress import Progress, Report
 from core.train import train
+from core.train_config import TrainConfig
 
 DESCRIPTION = """\
 Train a LoRA as a YAML file says, and draw sample pictures before and after.

@@ -4,13 +4,14 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.config import MAX_SEED, GenerateConfig, TrainConfig
+from core.config import MAX_SEED, GenerateConfig
 from core.generate import generate
 from core.image_files import infotext, save_png
 from core.manifest import DatasetManifest
 from core.pipelines import LoadedBase
 from core.progress import Progress, Report, silent
 from core.text_encoding import resolve_clip_skip
+from core.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,14 +131,14 @@ def style_judge(things: list[Thing]) -> tuple[Judge, float]:
     return train_judge(2, batch, 150, lambda *_: None)
 
 
-@torch.no_grad()
 def lora_shift(base: LoadedBase, things: list[Thing], lora: Path, weight: float, names: set[str]) -> dict[str, float]:
     """Share of pictures that the style judge calls outlines with the LoRA, and without it. Words: not in its set."""
     judge, accuracy = style_judge(things)
     prompts = [f"{with_article(t.words[0])}, blueprint style" for t in things if not names & set(t.words)][:40]
     shares = {}
     for label, use in (("before", None), ("after", (lora, weight))):
-        votes = judge(as_batch(draw_all(base, prompts, 70, use))).argmax(1)
+        with torch.no_grad():
+            votes = judge(as_batch(draw_all(base, prompts, 70, use))).argmax(1)
         shares[f"lora_{label}"] = float(votes.float().mean())
     return shares | {"style_judge": accuracy}
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from core.config import PreprocessConfig, TrainConfig
+from core.config import PreprocessConfig
+from core.train_config import TrainConfig
 
 DEMO = Path(__file__).parent
 

@@ -14,13 +14,14 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from core.config import LoraUse, TargetPreset
+from core.config import LoraUse
 from core.denoising import RowLoras
 from core.lora_packed import PackedLora, SlotLayout, layout_misfit, pack, rank_class
 from core.lora_slots import LoraSlots
 from core.lora_state import LoraState
 from core.lora_targets import target_modules
 from core.lora_utils import read_lora
+from core.train_config import TargetPreset
 
 logger = logging.getLogger(__name__)
 

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from core.config import TrainConfig
 from core.manifest import DatasetManifest, PreparedDataset
 from core.memory_ladder import training_at
 from core.pipelines import load_base
 from core.progress import Progress, Report
 from core.train import TrainResult, train
+from core.train_config import TrainConfig
 from gpu_worker import runtime
 from gpu_worker.settings import BaseRef, Fetch
 

@@ -9,9 +9,9 @@ import traceback
 
 from django.db import DatabaseError
 
-from core.config import TrainConfig
 from core.errors import CoreError
 from core.memory_ladder import GENERATION_RUNGS, training_rungs
+from core.train_config import TrainConfig
 from jobs import lifecycle
 from jobs.backoff import full_jitter
 from jobs.connections import connection_refresh

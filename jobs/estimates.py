@@ -10,8 +10,9 @@ from uuid import UUID
 
 from django.core.cache import cache
 
-from core.config import GenerateConfig, TrainConfig
+from core.config import GenerateConfig
 from core.errors import CoreError
+from core.train_config import TrainConfig
 from jobs.models import Job
 from jobs.status import JobKind, JobState
 

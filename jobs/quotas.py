@@ -10,7 +10,8 @@ from typing import NamedTuple
 from django.conf import settings
 from django.db.models import Count, Sum
 
-from core.config import GenerateConfig, TrainConfig
+from core.config import GenerateConfig
+from core.train_config import TrainConfig
 from jobs.errors import InvalidInput, TooBusy
 from jobs.estimates import pixel_steps
 from jobs.models import Job, JobEvent, User

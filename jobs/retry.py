@@ -3,7 +3,8 @@
 Called by the admin's "retry" action. The ended job itself never changes.
 """
 
-from core.config import GenerateConfig, PreprocessConfig, TrainConfig
+from core.config import GenerateConfig, PreprocessConfig
+from core.train_config import TrainConfig
 from jobs.errors import Conflict
 from jobs.lora_imports import lora_import_again
 from jobs.models import Job

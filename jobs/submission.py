@@ -9,9 +9,9 @@ from typing import Any
 from django.db import IntegrityError, transaction
 from django.db.models import Max
 
-from core.config import GenerateConfig, LoraUse, PreprocessConfig, TrainConfig, canonical_json_hash
+from core.config import GenerateConfig, LoraUse, PreprocessConfig, canonical_json_hash
 from core.failpoints import side_effect
-from core.prompt_syntax import parse_prompt
+from core.train_config import TrainConfig
 from jobs import quotas
 from jobs.artifacts import artifacts_pin
 from jobs.errors import Conflict, IdempotencyMismatch, InvalidInput, NotReady
@@ -30,6 +30,7 @@ from jobs.models import (
     User,
 )
 from jobs.status import JobKind, JobState
+from jobs.training_specs import refuse_misfit, refuse_training
 from jobs.wakeup import announce
 
 PICTURES_PER_BATCH = 8
@@ -167,14 +168,11 @@ def training_submit(
 
     Raises:
         NotReady: The version's preparation has not succeeded, or the base model is not prepared.
-        InvalidInput: The configuration does not fit the base model, or shows more pictures than one training may.
+        InvalidInput: The configuration does not fit the base model, or asks for what `refuse_training` refuses.
         Conflict: The LoRA name belongs to a LoRA of another base model.
     """
 
-    quotas.refuse_oversized_training(config)
-    for prompt in config.sample_prompts:
-        if named := parse_prompt(prompt).loras:
-            raise InvalidInput(f"a sample prompt names LoRA {named[0][0]!r}: samples show the LoRA being trained alone")
+    refuse_training(config)
 
     def refuse() -> None:
         if not dataset_version.is_ready:
@@ -184,6 +182,7 @@ def training_submit(
             )
         facts = _facts(base_model)
         _check_clip_skip(config.clip_skip, base_model)
+        refuse_misfit(base_model, config)
         step = facts.bucket_step_px
         wrong = [i for i in (dataset_version.manifest or {})["images"] if i["width"] % step or i["height"] % step]
         if wrong:
@@ -217,6 +216,7 @@ def training_submit(
             **config.dump(),
         },
         units=training_units(config),
+        spec_version=config.spec_version,
         refuse=refuse,
         attach=attach,
     )

@@ -12,8 +12,9 @@ from django.core.files.uploadedfile import SimpleUploadedFile
 from PIL import Image
 from safetensors.numpy import save as save_safetensors
 
-from core.config import PreprocessConfig, TrainConfig
+from core.config import PreprocessConfig
 from core.manifest import DatasetManifest, PreparedImage
+from core.train_config import TrainConfig
 from jobs import lifecycle, recovery
 from jobs.artifacts import artifact_put_stream
 from jobs.claims import jobs_claim

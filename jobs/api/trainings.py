@@ -11,7 +11,8 @@ from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from core.config import Config, TrainConfig
+from core.config import Config
+from core.train_config import TrainConfig
 from jobs import queries, submission
 from jobs.api.base_models import BaseModelNameSerializer
 from jobs.api.files import PNG, artifact_response, file_responses

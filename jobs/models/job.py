@@ -8,7 +8,7 @@ from django.db.models.functions import Now
 from jobs.models.record import OwnedQuerySet, OwnedRecord
 from jobs.status import ACTIVE, LEASED, TERMINAL, AttemptOutcome, JobKind, JobState
 
-SPEC_VERSION = 2
+SPEC_VERSION = 3
 """Newest that this code understands; raise it when a specification may hold what older code does not."""
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from django.db import transaction
 from django.db.models import Max
 
-from core.config import TrainConfig
 from core.errors import Paused
 from core.failpoints import side_effect
 from core.manifest import DatasetManifest
+from core.train_config import TrainConfig
 from jobs.artifacts import artifact_put, artifacts_pin
 from jobs.heartbeat import Hold, Preempted
 from jobs.leases import checkpoint_record

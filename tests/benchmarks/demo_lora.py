@@ -18,7 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from core.config import GenerateConfig, TrainConfig
+from core.config import GenerateConfig
 from core.generate import generate
 from core.lora_header import read_header
 from core.lora_utils import apply_lora
@@ -29,6 +29,7 @@ from core.preprocess import preprocess_folder
 from core.progress import Progress
 from core.quiet_libraries import quiet_libraries
 from core.train import train
+from core.train_config import TrainConfig
 from demo.colour_layout import distance_to_dataset, fall_percent
 from demo.recipe import DEMO, Recipe, read_recipe
 

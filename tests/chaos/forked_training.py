@@ -21,13 +21,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from core import failpoints
-from core.config import TrainConfig
 from core.die_with_parent import die_with_parent
 from core.errors import CoreError, Interrupted, Paused
 from core.manifest import PreparedDataset
 from core.pipelines import LoadedBase
 from core.progress import Progress
 from core.train import train
+from core.train_config import TrainConfig
 
 FORK = multiprocessing.get_context("fork")
 NAME, BASE_NAME = "killed", "tiny"

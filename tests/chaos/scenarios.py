@@ -62,7 +62,7 @@ def generate(key: str, prompt: str = "a picture", steps: int = 3) -> Any:
 
 def train(key: str, steps: int = 12) -> Any:
     """A training with three checkpoints."""
-    from core.config import TrainConfig
+    from core.train_config import TrainConfig
     from jobs.models import BaseModel, DatasetVersion
     from jobs.submission import training_submit
 

@@ -114,7 +114,7 @@ class Workload:
         )
 
     def _train(self, index: int, values: dict[str, Any], lora_name: str, key: str) -> Any:
-        from core.config import TrainConfig
+        from core.train_config import TrainConfig
         from jobs.submission import training_submit
 
         return training_submit(

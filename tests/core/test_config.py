@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config import GenerateConfig, PreprocessConfig, TrainConfig, canonical_json_hash
+from core.config import GenerateConfig, PreprocessConfig, canonical_json_hash
 from core.errors import ConfigError
+from core.train_config import TrainConfig
 
 VISIBLE_OR_LINES = st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\t")
 
@@ -132,3 +133,20 @@ def test_what_older_workers_do_not_know_is_kept_from_them_and_read_back_unchange
 def test_settings_that_do_not_go_together_are_refused_with_the_reason(values: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         GenerateConfig.parse({"prompt": "x"} | values)
+
+
+def test_a_training_without_newer_settings_keeps_its_first_hash_and_older_workers_may_run_it() -> None:
+    plain = TrainConfig()
+    assert plain.dump().keys().isdisjoint(TrainConfig.later_fields)
+    assert plain.spec_version == 1
+    assert TrainConfig.parse(plain.dump()) == plain
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"zero_terminal_snr": True}, {"shuffle_captions": True, "keep_tokens": 1}, {"lr_schedule": "polynomial"}],
+)
+def test_a_training_with_newer_settings_is_kept_from_older_workers(values: dict[str, object]) -> None:
+    config = TrainConfig.parse(values)
+    assert config.spec_version == 3
+    assert TrainConfig.parse(config.dump()) == config

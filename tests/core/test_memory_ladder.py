@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from core.checkpoint import RunIdentity
-from core.config import GenerateConfig, TrainConfig
+from core.config import GenerateConfig
 from core.generate import generate
 from core.memory_ladder import (
     FRUGAL,
@@ -19,6 +19,7 @@ from core.memory_ladder import (
 )
 from core.pipelines import LoadedBase
 from core.randomness import normal
+from core.train_config import TrainConfig
 from core.vae import decode_latents
 
 CONFIG = GenerateConfig(prompt="a red apple", width=64, height=64, steps=2, sampler="ddim", seed=5, count=9)

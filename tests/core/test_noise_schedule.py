@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from core.errors import ConfigError
 from core.noise_schedule import NoiseSchedule, PredictionType, add_noise, min_snr_weights, noise_schedule, target
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "skip_prk_steps": True}
@@ -48,3 +49,19 @@ def test_weights_stay_finite_at_zero_terminal_snr(prediction: PredictionType) ->
     schedule = schedule_of(prediction, rescale_betas_zero_snr=True)
     assert float(schedule.signal[999]) < 1e-3
     assert torch.isfinite(min_snr_weights(schedule, torch.tensor([999]), 5.0)).all()
+
+
+def test_zero_terminal_snr_ends_in_pure_noise_and_begins_as_before() -> None:
+    theirs: Any = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
+    )
+    plain = schedule_of("v_prediction")
+    ours = noise_schedule(SD15, "v_prediction", torch.device("cpu"), zero_terminal_snr=True)
+    torch.testing.assert_close(ours.signal, theirs.alphas_cumprod.sqrt())
+    assert float(ours.signal[999]) < 1e-3 < float(plain.signal[999])
+    torch.testing.assert_close(ours.signal[0], plain.signal[0])
+
+
+def test_a_base_that_predicts_noise_has_no_zero_terminal_snr() -> None:
+    with pytest.raises(ConfigError, match="predict v"):
+        noise_schedule(SD15, "epsilon", torch.device("cpu"), zero_terminal_snr=True)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from core.config import GenerateConfig, TrainConfig
+from core.config import GenerateConfig
 from core.errors import ConfigError, TrainingDiverged
 from core.generate import generate
 from core.latent_cache import cache_latents
@@ -20,6 +20,7 @@ from core.progress import Progress
 from core.text_cache import cache_texts
 from core.text_encoding import encode_prompts
 from core.train import train
+from core.train_config import TrainConfig
 from core.vae import encode_to_posterior
 from tests.core.training_parts import SQUARE, make_dataset, quick_config
 
@@ -75,6 +76,8 @@ def test_every_option_reaches_the_loss(tiny_base: LoadedBase, dataset: PreparedD
         {"clip_skip": 1},
         {"seed": 8},
         {"mixed_precision": "bf16"},
+        {"shuffle_captions": True, "caption_separator": " ", "caption_dropout": 0.0},
+        {"caption_dropout": 0.0},
     ]
     first_losses = [
         losses_of(quick_config(steps=1, **option), tiny_base, dataset, tmp_path / str(number))[0]
@@ -82,7 +85,9 @@ def test_every_option_reaches_the_loss(tiny_base: LoadedBase, dataset: PreparedD
     ]
     assert len(set(first_losses)) == len(options)
     v_base = replace(tiny_base, facts=tiny_base.facts.model_copy(update={"prediction_type": "v_prediction"}))
-    assert losses_of(quick_config(steps=1), v_base, dataset, tmp_path / "v")[0] not in first_losses
+    v_loss = losses_of(quick_config(steps=1), v_base, dataset, tmp_path / "v")[0]
+    zero_snr_loss = losses_of(quick_config(steps=1, zero_terminal_snr=True), v_base, dataset, tmp_path / "zero snr")[0]
+    assert len({v_loss, zero_snr_loss, *first_losses}) == len(options) + 2
 
 
 def test_fp16_on_a_cpu_is_refused(tiny_base: LoadedBase, dataset: PreparedDataset, tmp_path: Path) -> None:
@@ -206,6 +211,8 @@ def test_each_caption_is_encoded_once_and_the_empty_one_is_there(tiny_base: Load
     cache = cache_texts(tiny_base, ["a cat", "a house", "a cat"], 2, torch.float32)
     assert set(cache.rows) == {"", "a cat", "a house"}
     rows = cache.lookup(["a house", "", "a cat"])
+    assert torch.equal(cache.lookup(["cat a", "a cat"])[0], encode_prompts(tiny_base, ["cat a"], 2).embeddings[0])
+    assert torch.equal(cache.lookup(["cat a", "a cat"])[1], rows[2])
     assert torch.equal(rows[1:2], encode_prompts(tiny_base, [""], 2).embeddings)
     assert torch.equal(rows[2:3], encode_prompts(tiny_base, ["a cat"], 2).embeddings)
 

@@ -18,18 +18,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from core.config import TrainConfig
 from core.errors import Cancelled, CheckpointMismatch, Paused, TrainingDiverged
 from core.lora_utils import sshs_model_hash
 from core.manifest import PreparedDataset
 from core.pipelines import LoadedBase
 from core.progress import Progress, Report
 from core.train import TrainResult, train
+from core.train_config import TrainConfig
 from tests.core.training_parts import WIDE, make_dataset, quick_config
 
 CONFIG = quick_config(
     steps=10, targets="with_conv", gradient_accumulation_steps=2, noise_offset=0.05, lr_warmup_steps=2,
     sample_prompts=["a red cat"], sample_steps=2, sample_every_steps=4,
+    lr_schedule="cosine_with_restarts", lr_cycles=2,
 )  # fmt: skip
 
 
@@ -94,6 +95,18 @@ def test_many_interruptions_in_one_run_change_no_bit(
             happened += 1
     assert happened >= 8
     assert_same(train(CONFIG, tiny_base, dataset, tmp_path), uninterrupted)
+
+
+def test_a_training_with_shuffled_captions_goes_on_with_the_same_words(
+    tiny_base: LoadedBase, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    config = quick_config(steps=4, shuffle_captions=True, caption_separator=" ")
+    with pytest.raises(Paused):
+        train(config, tiny_base, dataset, tmp_path / "paused", stop_at(2, Paused))
+    whole = train(config, tiny_base, dataset, tmp_path / "whole")
+    resumed = train(config, tiny_base, dataset, tmp_path / "paused")
+    assert sshs_model_hash(resumed.kohya_file) == sshs_model_hash(whole.kohya_file)
+    assert resumed.losses == whole.losses
 
 
 def test_a_pause_saves_the_current_step_and_says_so(

@@ -12,11 +12,12 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import nn
 
-from core.config import PreprocessConfig, TrainConfig
+from core.config import PreprocessConfig
 from core.lora_modules import inject_lora
 from core.lora_state import LoraState
 from core.lora_targets import target_modules
 from core.manifest import DatasetManifest, PreparedDataset, PreparedImage
+from core.train_config import TrainConfig
 
 SQUARE = (32, 32)
 WIDE = (48, 24)

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from core.config import GenerateConfig, TrainConfig
+from core.config import GenerateConfig
 from core.train_cli import read_training_file
+from core.train_config import TrainConfig
 from demo.make_pictures import CAPTIONS, SIDE_PX, outlines
 from demo.recipe import DEMO, read_recipe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from core.config import GenerateConfig, LoraUse, TrainConfig
+from core.config import GenerateConfig, LoraUse
 from core.errors import Cancelled
 from core.image_files import read_infotext
 from core.lora_state import LoraLayer, LoraState
@@ -15,6 +15,7 @@ from core.lora_utils import write_kohya
 from core.memory_ladder import training_at
 from core.progress import Progress, Report, silent
 from core.randomness import normal
+from core.train_config import TrainConfig
 from gpu_worker import runtime
 from gpu_worker.generation import Order, Result, run_generations
 from gpu_worker.settings import BaseRef, Fetch, WorkerSettings

@@ -11,9 +11,9 @@ import torch
 from django.conf import settings
 from django.db import OperationalError
 
-from core.config import TrainConfig
 from core.errors import Cancelled, Paused, TrainingDiverged
 from core.progress import Progress
+from core.train_config import TrainConfig
 from jobs.claims import jobs_claim
 from jobs.drain import Joining, drain, run
 from jobs.errors import ArtifactDamaged

@@ -7,7 +7,8 @@ from django.core.cache import cache
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from core.config import GenerateConfig, HiresConfig, TrainConfig
+from core.config import GenerateConfig, HiresConfig
+from core.train_config import TrainConfig
 from jobs.estimates import (
     LATELY_JOBS,
     SECONDS_PER_UNIT,

@@ -11,7 +11,8 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from pytest_django.fixtures import Settings
 
-from core.config import GenerateConfig, TrainConfig
+from core.config import GenerateConfig
+from core.train_config import TrainConfig
 from jobs import quotas
 from jobs.errors import InvalidInput, TooBusy
 from jobs.models import Job, JobEvent, User

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import pytest
 from django.db import connection
 
-from core.config import PreprocessConfig, TrainConfig, canonical_json_hash
+from core.config import PreprocessConfig, canonical_json_hash
 from core.errors import ConfigError
+from core.train_config import TrainConfig
 from jobs.errors import Conflict, IdempotencyMismatch, InvalidInput, NotReady
 from jobs.models import BaseModel, GenerationRequest, Job, JobEvent, LoraVersion, TrainingRun, User
 from jobs.models.job import SPEC_VERSION

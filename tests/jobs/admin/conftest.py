@@ -9,7 +9,8 @@ from django.test import Client
 from django.utils import timezone
 from PIL import Image
 
-from core.config import GenerateConfig, PreprocessConfig, TrainConfig
+from core.config import GenerateConfig, PreprocessConfig
+from core.train_config import TrainConfig
 from jobs.artifacts import artifact_put_stream
 from jobs.lifecycle import job_created
 from jobs.models import (

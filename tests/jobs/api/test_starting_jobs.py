@@ -116,6 +116,15 @@ def test_clip_skip_beyond_the_bases_layers_is_refused(api: APIClient, owner: Use
     assert rows() == before
 
 
+def test_zero_terminal_snr_is_refused_for_a_base_that_predicts_noise(api: APIClient, owner: User) -> None:
+    version, base = make_dataset_version(owner), make_base_model()
+    before = rows()
+    response = train(api, dataset_version=version.pk, base_model=base.name, config={"zero_terminal_snr": True})
+    assert (response.status_code, response.json()["code"]) == (400, "invalid")
+    assert "predict v" in str(response.json())
+    assert rows() == before
+
+
 def test_a_generation_takes_the_bases_native_size_and_its_loras(api: APIClient, owner: User) -> None:
     lora = make_lora(owner, versions=2)
     old, new = lora.versions.order_by("number")
