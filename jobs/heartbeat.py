@@ -180,6 +180,7 @@ class Heartbeat:
         self._holds: dict[UUID, Hold] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._beat_began_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -213,6 +214,18 @@ class Heartbeat:
         with self._lock:
             return list(self._holds.values())
 
+    def is_late(self) -> bool:
+        """Whether a beat hangs, so that a job claimed now would lose its lease; a beat that fails is not late."""
+        return self._beat_seconds() > lease_seconds(JobKind.GENERATE) / 2
+
+    def overdue_seconds(self) -> float:
+        """How much longer than allowed for a step the running beat takes; 0 or less is fine."""
+        return self._beat_seconds() - settings.LORASITE["STEP_SECONDS"]
+
+    def _beat_seconds(self) -> float:
+        began_at = self._beat_began_at
+        return 0.0 if began_at is None else time.monotonic() - began_at
+
     def beat(self) -> None:
         """One round: renew, write progress, learn of fences and wishes."""
         holds = {hold.job.pk: hold for hold in self.holds()}
@@ -234,6 +247,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(settings.LORASITE["HEARTBEAT_SECONDS"]):
+            self._beat_began_at = time.monotonic()
             try:
                 self.beat()
             except Exception:
@@ -241,4 +255,6 @@ class Heartbeat:
                 # work goes on; `Hold.check` stops it before the lease can have run out.
                 logger.exception("heartbeat failed worker=%s", self._worker)
                 connection.close()
+            finally:
+                self._beat_began_at = None
         connection.close()

@@ -1,4 +1,4 @@
-"""The watchdog thread of a worker process: work that makes no step any more costs its process, not its lease for ever.
+"""The watchdog thread of a worker process: work or a heartbeat that makes no step any more costs its process.
 
 A thread cannot stop a stuck one, so the process ends; Celery's pool starts its successor.
 """
@@ -48,9 +48,11 @@ class Watchdog:
         self._stop.set()
 
     def look(self) -> bool:
-        """Whether something is stuck; then its try is closed and the process ends."""
+        """Whether a job or the heartbeat is stuck; then the tries are closed and the process ends."""
         stuck = [hold for hold in self._heartbeat.holds() if hold.overdue_seconds() > 0]
-        if not stuck:
+        if self._heartbeat.overdue_seconds() > 0:
+            logger.critical("heartbeat stuck")
+        elif not stuck:
             return False
         for hold in stuck:
             logger.critical("job stuck id=%s token=%s stage=%s", hold.job.pk, hold.token, hold.job.stage)
@@ -92,7 +94,9 @@ def close_try(hold: Hold, *, is_stuck: bool) -> None:
             lifecycle.job_lost(job=job, reason=reason, outcome=AttemptOutcome.LOST, only_expired=False)
         else:
             lifecycle.job_release(
-                job_id=job.pk, token=hold.token, reason="another job of this process was stuck, so it was replaced"
+                job_id=job.pk,
+                token=hold.token,
+                reason="another job or the heartbeat of its process was stuck, so that was replaced",
             )
     except LeaseLost:
         logger.info("try ended meanwhile id=%s token=%s", job.pk, hold.token)

@@ -101,7 +101,8 @@ class WorkerContext:
         # Only after some work: a limit below what a fresh process holds would let it do nothing for ever.
         if self._memory_limit_bytes and self._has_worked and (held := resident_bytes()) > self._memory_limit_bytes:
             self.leaving = self.leaving or f"it holds {held >> 20} MiB, more than {self._memory_limit_bytes >> 20}"
-        return not self.leaving and not self.shutdown.is_raised
+        # Nobody would renew the lease of a job that begins while the heartbeat hangs: three losses make it poison.
+        return not self.leaving and not self.shutdown.is_raised and not self.heartbeat.is_late()
 
     def after_faults(self, remedies: Collection[Remedy]) -> None:
         """Draw the consequences for the process of how the last jobs ended. Call after each work."""

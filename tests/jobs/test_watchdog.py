@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from django.conf import settings
 
+from core import failpoints
 from jobs.heartbeat import Hold
 from jobs.models import Job
 from jobs.status import AttemptOutcome, JobKind, JobState
@@ -120,3 +121,39 @@ def test_a_long_download_is_not_stuck_and_the_step_after_it_may_be(
         assert looks == [False]
         time.sleep(0.15)
         assert hold.overdue_seconds() > 0
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_process_whose_heartbeat_hangs_begins_no_job_and_is_replaced_when_it_hangs_for_long(
+    make_job: MakeJob, context: WorkerContext, exits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(settings.LORASITE, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setitem(settings.LORASITE, "LEASE_SECONDS", 0.4)
+    make_job()
+    hold = take(context)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(point: str) -> None:
+        if point == "lease.commit:before" and threading.current_thread().name == "heartbeat":
+            hangs.set()
+            goes_on.wait(10)
+
+    failpoints.install(hang)
+    watchdog = Watchdog(context.heartbeat, end_process=exits.append)
+    context.heartbeat.start()
+    try:
+        assert hangs.wait(10)
+        assert context.may_claim()
+        time.sleep(0.25)
+        assert not context.may_claim()
+        assert not watchdog.look(), "a step may take longer than that"
+        monkeypatch.setitem(settings.LORASITE, "STEP_SECONDS", 0.1)
+        assert watchdog.look()
+    finally:
+        failpoints.install(None)
+        goes_on.set()
+        context.heartbeat.stop()
+    assert exits == [EXIT_STUCK]
+    assert context.may_claim()
+    job = Job.objects.get(pk=hold.job.pk)
+    assert (job.state, job.attempts.get().outcome) == (JobState.QUEUED, AttemptOutcome.RELEASED)
